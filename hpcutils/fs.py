@@ -1,0 +1,69 @@
+"""Files that appear whole or not at all: unique temporary in the same folder, fsync, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+TEMPORARY_MARK = ".part-"
+
+
+def temporary_beside(target: Path) -> Path:
+    """Return an unused name beside `target`, on the same file system, so that a rename is atomic.
+
+    The host, the process and a random part are in the name: two nodes that share the folder cannot meet.
+    """
+    return target.with_name(f".{target.name}{TEMPORARY_MARK}{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a folder to its disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Flush `temporary` and give it its name; whoever reads `target` sees the old file or the new one, never a part."""
+    fsync_path(temporary)
+    os.replace(temporary, target)
+    fsync_path(target.parent)
+
+
+@contextlib.contextmanager
+def publishing(target: Path) -> Iterator[Path]:
+    """Yield a temporary path to fill; publish it on success, remove it on any failure.
+
+    Example:
+        with publishing(run / "model.keras") as temporary:
+            model.save(temporary)
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(target)
+    try:
+        yield temporary
+        publish(temporary, target)
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def write_text(target: Path, text: str, mode: int = 0o644) -> None:
+    """Write `text` (UTF-8) to `target` atomically."""
+    with publishing(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.chmod(mode)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, link or folder; nothing there is not an error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
