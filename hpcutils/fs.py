@@ -12,12 +12,14 @@ from pathlib import Path
 TEMPORARY_MARK = ".part-"
 
 
-def temporary_beside(target: Path) -> Path:
+def temporary_beside(target: Path, suffix: str = "") -> Path:
     """Return an unused name beside `target`, on the same file system, so that a rename is atomic.
 
-    The host, the process and a random part are in the name: two nodes that share the folder cannot meet.
+    The host, the process and a random part are in the name: two nodes that share the folder cannot meet. `suffix` is for writers
+    that choose a format by the end of the name.
     """
-    return target.with_name(f".{target.name}{TEMPORARY_MARK}{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    unique = f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return target.with_name(f".{target.name}{TEMPORARY_MARK}{unique}{suffix}")
 
 
 def fsync_path(path: Path) -> None:
@@ -37,15 +39,15 @@ def publish(temporary: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def publishing(target: Path) -> Iterator[Path]:
+def publishing(target: Path, suffix: str = "") -> Iterator[Path]:
     """Yield a temporary path to fill; publish it on success, remove it on any failure.
 
     Example:
-        with publishing(run / "model.keras") as temporary:
+        with publishing(run / "model.keras", suffix=".keras") as temporary:
             model.save(temporary)
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(target)
+    temporary = temporary_beside(target, suffix)
     try:
         yield temporary
         publish(temporary, target)

@@ -1,0 +1,5 @@
+"""`python -m hpcutils`: the command line without its script."""
+
+from hpcutils.cli import main
+
+main()

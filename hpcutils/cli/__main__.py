@@ -1,0 +1,5 @@
+"""`python -m hpcutils.cli`: the command line without its script."""
+
+from hpcutils.cli import main
+
+main()

@@ -1,0 +1,101 @@
+"""From a command line to a plan: what `submit --dry-run` shows and `submit` then does."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hpcutils import shell
+from hpcutils.errors import DataError
+from hpcutils.image.find import ImageFile, find_image
+from hpcutils.launch.executor import batch_script
+from hpcutils.launch.request import Request, plan_request
+from hpcutils.launch.runs import runs_folder
+from hpcutils.rundir import RunDirectory, new_run_id
+from hpcutils.specs.job import Job, load_job
+
+Overrides = Mapping[tuple[str | int, ...], tuple[str, Any]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job that could be submitted now.
+
+    Args:
+        request: What Slurm will be asked.
+        job_folder: Folder of train.yaml.
+        image: The image, or `None`.
+        data_argv: The command that makes missing data first, or `None` when all is there.
+    """
+
+    request: Request
+    job_folder: Path
+    image: ImageFile | None
+    data_argv: tuple[str, ...] | None
+
+    def make_data(self) -> None:
+        """Run the job's own data script if files are missing."""
+        if self.data_argv is not None:
+            make_data(self.data_argv, self.request.job, self.job_folder)
+
+    def image_record(self) -> dict[str, Any] | None:
+        """Return what the run's record says of the image."""
+        return self.image.record() if self.image is not None else None
+
+
+def plan(job_file: Path, overrides: Overrides, image_name: str | None, runs: str | None) -> Plan:
+    """Check everything that can be checked here and return the plan; nothing is written."""
+    job = load_job(job_file, overrides)
+    folder = job_file.resolve().parent
+    name = image_name or job.image
+    run = RunDirectory(runs_folder(runs) / new_run_id(job.name))
+    image = find_image(name) if name is not None else None
+    request = plan_request(job, run, image.path if image is not None else None, folder)
+    return Plan(request, folder, image, data_argv(job, folder))
+
+
+def data_argv(job: Job, folder: Path) -> tuple[str, ...] | None:
+    """Return the command that makes the job's data, when a file is missing and the job says how."""
+    missing = [file.path for file in job.data.files if file.path is not None and not (folder / file.path).is_file()]
+    return (sys.executable, str(folder / job.data.make)) if missing and job.data.make is not None else None
+
+
+def make_data(argv: tuple[str, ...], job: Job, folder: Path) -> None:
+    """Run the data script in its folder.
+
+    Raises:
+        DataError: It failed, or did not make what train.yaml names.
+    """
+    click.echo(f"making the data: {shlex.join(argv)}", err=True)
+    done = shell.run(list(argv), cwd=folder, check=False)
+    if done.returncode != 0:
+        raise DataError(
+            f"{argv[-1]} failed with exit code {done.returncode}:\n{done.stderr.strip()}", "run it by hand to see more"
+        )
+    missing = [file.path for file in job.data.files if file.path is not None and not (folder / file.path).is_file()]
+    if missing:
+        raise DataError(f"{argv[-1]} did not make {', '.join(missing)}", "it runs in the folder of train.yaml")
+
+
+def dry_run_text(planned: Plan) -> str:
+    """Return the commands and the batch script that `submit` would use."""
+    request = planned.request
+    commands = [] if planned.data_argv is None else [shlex.join(planned.data_argv)]
+    commands += [f"mkdir -p {request.run.path}", f"sbatch {request.run.submitit}/submission_file_<unique>.sh"]
+    layout = request.layout
+    head = [
+        f"# run       {request.run.run_id}",
+        f"# layout    {layout.nodes} nodes x {layout.ranks_per_node} ranks x {layout.devices_per_rank} devices = {layout.replicas} replicas",
+        f"# image     {request.image or 'none: this Python environment'}",
+        "# commands  on this host, in this order",
+        *(f"#   {command}" for command in commands),
+        "# script    as sbatch gets it",
+        "",
+    ]
+    return "\n".join(head) + batch_script(request).rstrip()

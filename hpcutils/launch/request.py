@@ -1,0 +1,157 @@
+"""From a job to what Slurm is asked for: values and argument lists, no effect (`--dry-run` prints exactly these)."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hpcutils.errors import EXIT_REQUEUE
+from hpcutils.image.exec_line import Bind, exec_argv
+from hpcutils.rundir import RunDirectory
+from hpcutils.specs.job import Job, gpus_per_node, parse_time_s
+
+MAX_RESTARTS = 3
+
+# Set in every rank. CMA single copy cannot work between the ranks' own user namespaces, and PMIx' shared-memory store prints lock
+# errors from inside a container; waiting ranks must yield where ranks outnumber cores.
+RANK_ENVIRONMENT = {
+    "OMPI_MCA_btl_vader_single_copy_mechanism": "none",
+    "PMIX_MCA_gds": "hash",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How ranks and devices are laid over the nodes."""
+
+    nodes: int
+    ranks_per_node: int
+    devices_per_rank: int
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks of the job."""
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def replicas(self) -> int:
+        """Number of model replicas of the job."""
+        return self.world_size * self.devices_per_rank
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that is asked of Slurm for one run.
+
+    Args:
+        run: The run directory, on the shared file system.
+        job: The job, resolved.
+        layout: Ranks and devices.
+        image: The SIF, or `None` to run in this Python environment.
+        python_argv: What starts Python on a node: the container's exec line, or this interpreter.
+        parameters: submitit's parameters of the batch script.
+    """
+
+    run: RunDirectory
+    job: Job
+    layout: Layout
+    image: Path | None
+    python_argv: tuple[str, ...]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+def plan_layout(job: Job) -> Layout:
+    """Return one rank a node with all its devices (`per_node`), or one rank a device (`per_gpu`)."""
+    devices = gpus_per_node(job.resources)
+    if job.resources.replication == "per_node":
+        return Layout(job.resources.nodes, 1, devices)
+    return Layout(job.resources.nodes, devices, 1)
+
+
+def plan_request(job: Job, run: RunDirectory, image: Path | None, job_folder: Path) -> Request:
+    """Return everything that submitting `job` as `run` will ask for.
+
+    Args:
+        job: The job, checked.
+        run: Where the run will live; nothing is created here.
+        image: The image file; `None` runs without a container.
+        job_folder: Folder of `train.yaml`, which data paths are relative to.
+    """
+    layout = plan_layout(job)
+    python = plan_python(job, run, image, job_folder)
+    return Request(run, job, layout, image, python, _parameters(job, run, layout))
+
+
+def plan_python(job: Job, run: RunDirectory, image: Path | None, job_folder: Path) -> tuple[str, ...]:
+    """Return the words that start Python in a rank."""
+    if image is None:
+        return ("env", *(f"{name}={value}" for name, value in RANK_ENVIRONMENT.items()), sys.executable)
+    folders = {run.path.parent} | {(job_folder / f.path).resolve().parent for f in job.data.files if f.path is not None}
+    binds = [Bind(folder, writable=folder == run.path.parent) for folder in sorted(folders)]
+    gpu = job.resources.devices == "gpu"
+    return (*exec_argv(image, binds=binds, environment=RANK_ENVIRONMENT, gpu=gpu), "python3")
+
+
+def _parameters(job: Job, run: RunDirectory, layout: Layout) -> dict[str, Any]:
+    """Return submitit's parameters; names as in `submitit.SlurmExecutor.update_parameters`."""
+    log = str(run.rank_log("%t"))
+    parameters: dict[str, Any] = {
+        "job_name": job.name,
+        "time": -(-parse_time_s(job.resources.time) // 60),  # whole minutes: a text would break submitit's clock
+        "nodes": layout.nodes,
+        "ntasks_per_node": layout.ranks_per_node,
+        "cpus_per_task": job.resources.cpus_per_task,
+        "gpus_per_node": gpus_per_node(job.resources),
+        "stderr_to_stdout": True,
+        "signal_delay_s": 90,
+        "srun_args": [
+            "--mpi=pmix",
+            "--kill-on-bad-exit=1",
+            # Since 22.05 a step no longer takes this from the batch script.
+            f"--cpus-per-task={job.resources.cpus_per_task}",
+            f"--output={log}",
+            "--open-mode=append",
+        ],
+        "setup": _setup_lines(run),
+        "teardown": _teardown_lines(run),
+        "additional_parameters": {
+            "output": str(run.batch_log),
+            "requeue": True,
+            "wait-all-nodes": 1,
+            "chdir": str(run.path),
+        },
+    }
+    if job.resources.partition is not None:
+        parameters["partition"] = job.resources.partition
+    return parameters
+
+
+def _setup_lines(run: RunDirectory) -> list[str]:
+    """Lines before srun: a log folder for each (re)start, and a link to the newest."""
+    logs = shlex.quote(str(run.logs))
+    return [
+        f'mkdir -p {logs}/"restart-${{SLURM_RESTART_COUNT:-0}}"',
+        f'ln -sfn "restart-${{SLURM_RESTART_COUNT:-0}}" {logs}/current',
+    ]
+
+
+def _teardown_lines(run: RunDirectory) -> list[str]:
+    """Lines after srun: requeue a job that stopped at a checkpoint, else leave the exit code where any host can read it.
+
+    Requeueing happens here, on the host: `scontrol` is not to be had inside a container.
+    """
+    target = shlex.quote(str(run.exit_code))
+    return [
+        "code=$?",
+        f'if [ "$code" -eq {EXIT_REQUEUE} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {MAX_RESTARTS} ]; then',
+        '  scontrol requeue "$SLURM_JOB_ID" && exit 0',
+        "fi",
+        f'echo "$code" > {target}.part && mv {target}.part {target}',
+        'exit "$code"',
+    ]

@@ -1,0 +1,212 @@
+"""What an epoch measured, over all ranks: the callback that writes `metrics.jsonl`, proves coverage and saves checkpoints."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from typing import Any
+
+import keras
+import numpy as np
+
+from hpcutils.data.order import Certificate, certificate_of
+from hpcutils.errors import EXIT_REQUEUE, DataError
+from hpcutils.log import LOGGER
+from hpcutils.rundir import RunDirectory
+from hpcutils.specs.job import Job
+from hpcutils.train.checkpoint import save_checkpoint
+from hpcutils.train.feed import ShardedSequence
+from hpcutils.train.ranks import Ranks
+
+
+class Tally:
+    """Metrics of one pass over a sequence, exact over all ranks.
+
+    Keras weighs the loss of every step alike, also that of the last, smaller global batch. The loss tracker is read once before
+    that last step, so that its share can be put right.
+
+    Args:
+        model: The compiled model.
+        sequence: What it runs over.
+        ranks: Who else runs.
+    """
+
+    def __init__(self, model: Any, sequence: ShardedSequence, ranks: Ranks) -> None:
+        self.model, self.sequence, self.ranks = model, sequence, ranks
+        self._loss = next(metric for metric in model.metrics if metric.name == "loss")
+        self._before_last = 0.0
+
+    def begin(self, epoch: int) -> None:
+        """Start a pass."""
+        self.sequence.begin_epoch(epoch)
+        self._before_last = 0.0
+
+    def step_done(self, step: int) -> None:
+        """Note the loss so far when only the last step is left."""
+        if step == self.sequence.order.steps - 2:
+            self._before_last = float(self._loss.total)
+
+    def finish(self) -> dict[str, float]:
+        """Return the metrics over all samples of all ranks, and check that each sample was seen once.
+
+        Raises:
+            DataError: The samples that the ranks took are not the dataset.
+        """
+        self._check_coverage()
+        order = self.sequence.order
+        loss = self._true_mean(order.steps, order.batch_samples(order.steps - 1), order.batch_size, order.samples)
+        variables = self.model.metrics_variables
+        # States of metrics (sums, counts, confusion counts) add up over ranks; their results do not.
+        flat = np.concatenate([np.ravel(keras.ops.convert_to_numpy(v)).astype(np.float64) for v in variables])
+        total, start = self.ranks.sum(flat), 0
+        for variable in variables:
+            size = int(np.prod(variable.shape))
+            variable.assign(total[start : start + size].reshape(variable.shape).astype(variable.dtype))
+            start += size
+        values = {name: float(value) for name, value in self.model.get_metrics_result().items()}
+        return values | {"loss": loss}
+
+    def _true_mean(self, steps: int, last: int, full: int, samples: int) -> float:
+        """Return the mean loss over samples; each step's loss is the mean over ranks of what they saw."""
+        weight = float(self._loss.count) / steps
+        parts = np.array([self._before_last, float(self._loss.total) - self._before_last]) / weight
+        before, tail = self.ranks.sum(parts) / self.ranks.world.world_size
+        return float(before * full + tail * last) / samples
+
+    def _check_coverage(self) -> None:
+        seen = Certificate()
+        for part in self.ranks.gather(self.sequence.certificate):
+            seen = seen.join(part)
+        expected = certificate_of(self.sequence.order.samples)
+        if seen != expected:
+            raise DataError(
+                f"the ranks took {seen.count} samples of {expected.count}, and not each exactly once",
+                "this is a fault of hpcutils: please report it with the run's job.json",
+            )
+
+
+class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
+    """Writes what every epoch measured, keeps checkpoints, and stops in order when Slurm's time is nearly up.
+
+    Args:
+        run: The run directory.
+        job: The job.
+        template: The model to save.
+        ranks: All ranks.
+        training: The training data.
+        validation: The held-out data, or `None`.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        job: Job,
+        template: Any,
+        ranks: Ranks,
+        training: ShardedSequence,
+        validation: ShardedSequence | None,
+    ) -> None:
+        super().__init__()
+        self.run, self.job, self.template, self.ranks = run, job, template, ranks
+        self.training, self.validation = training, validation
+        self.history: list[dict[str, Any]] = []
+        self._asked_to_stop = False
+        # USR2, since NCCL traps USR1; Slurm sends it `signal_delay_s` before the time limit.
+        signal.signal(signal.SIGUSR2, self._note_signal)
+
+    def _note_signal(self, _number: int, _frame: Any) -> None:
+        self._asked_to_stop = True
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._train = Tally(self.model, self.training, self.ranks)
+        self._held_out = Tally(self.model, self.validation, self.ranks) if self.validation is not None else None
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._train.begin(epoch)
+        self._values: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._train.step_done(batch)
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        # Keras clears the metrics right after this call.
+        self._finish_training()
+        if self._held_out is not None:
+            self._held_out.begin(0)
+
+    def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
+        if self._held_out is not None:
+            self._held_out.step_done(batch)
+
+    def on_test_end(self, logs: Any = None) -> None:
+        if self._held_out is not None:
+            self._values |= {f"val_{name}": value for name, value in self._held_out.finish().items()}
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if not self._values:
+            self._finish_training()
+        if logs is not None:
+            logs.update(self._values)
+        self._write(epoch)
+        done = epoch + 1
+        stop = any(self.ranks.gather(self._asked_to_stop)) and done < self.job.training.epochs
+        if self.ranks.world.rank == 0 and (stop or done % self.job.checkpoints.every_epochs == 0):
+            save_checkpoint(self.template, self.run, done, self.job.checkpoints.keep)
+        if stop:
+            LOGGER.warning("the time limit is near: stopping after epoch %d to be run again", done)
+            self.ranks.barrier()
+            raise SystemExit(EXIT_REQUEUE)
+
+    def _finish_training(self) -> None:
+        self._seconds = time.perf_counter() - self._started
+        self._values |= self._train.finish()
+        average_state(self.template, self.ranks)
+
+    def _write(self, epoch: int) -> None:
+        """Append the epoch's line, on rank 0."""
+        samples = self.training.order.samples
+        line = {
+            "epoch": epoch + 1,
+            **self._values,
+            "samples": samples,
+            "steps": self.training.order.steps,
+            "coverage": "exact",
+            "seconds": round(self._seconds, 4),
+            "samples_per_s": round(samples / self._seconds, 1),
+        }
+        self.history.append(line)
+        if self.ranks.world.rank != 0:
+            return
+        with self.run.metrics.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+        values = "  ".join(f"{name} {value:.4f}" for name, value in self._values.items())
+        LOGGER.info(
+            "epoch %d/%d  %s  %.0f samples/s", epoch + 1, self.job.training.epochs, values, line["samples_per_s"]
+        )
+
+
+def average_state(model: Any, ranks: Ranks) -> None:
+    """Average what training changes without gradients (batch normalisation's moving statistics) over the ranks."""
+    variables = [v for v in model.non_trainable_variables if v.dtype.startswith("float")]
+    if ranks.comm is None or not variables:
+        return
+    flat = np.concatenate([np.ravel(keras.ops.convert_to_numpy(v)).astype(np.float64) for v in variables])
+    mean, start = ranks.sum(flat) / ranks.world.world_size, 0
+    for variable in variables:
+        size = int(np.prod(variable.shape))
+        variable.assign(mean[start : start + size].reshape(variable.shape).astype(variable.dtype))
+        start += size
+
+
+def forget_epochs(run: RunDirectory, done: int) -> list[dict[str, Any]]:
+    """Drop the lines of epochs that a restart will run again; return those that stay."""
+    if not run.metrics.is_file():
+        return []
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    kept = [line for line in lines if line["epoch"] <= done]
+    from hpcutils import fs
+
+    fs.write_text(run.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept
