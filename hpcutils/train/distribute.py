@@ -33,10 +33,11 @@ class HorovodReducer:
     """Horovod over MPI (or NCCL, in an image built for it)."""
 
     def __init__(self, ranks: Ranks) -> None:
+        import horovod
         import horovod.tensorflow as hvd
 
         hvd.init()
-        self._hvd, self.name = hvd, f"horovod {hvd.__version__}"
+        self._hvd, self.name = hvd, f"horovod {horovod.__version__}"
         if hvd.size() != ranks.world.world_size:
             raise MissingPartError(
                 f"Horovod sees {hvd.size()} ranks of {ranks.world.world_size}", "it must be built with MPI"

@@ -39,7 +39,7 @@ def run_rank(run_path: str) -> dict[str, Any]:
         _fail(
             run,
             world,
-            JobFailedError(f"{type(exc).__name__}: {exc}", f"the traceback is in {run.rank_log(world.rank)}"),
+            JobFailedError(f"{type(exc).__name__}: {exc}", "the traceback is above, in this rank's log"),
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import numpy as np
 
 from hpcutils.data.arrays import to_categorical
@@ -60,4 +59,4 @@ class ShardedSequence(Sequence):  # type: ignore[misc]
             x = self.normalizer(x)
         if self.classes is not None:
             y = to_categorical(y, self.classes)
-        return keras.backend.cast_to_floatx(x) if x.dtype.kind == "f" else x, y, cut.weights
+        return x, y, cut.weights

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -16,7 +17,7 @@ from hpcutils import fs
 from hpcutils.data.hdf5 import HDF5Matrix
 from hpcutils.data.node import NodeArray, check_same_length
 from hpcutils.data.order import Order
-from hpcutils.errors import DataError, HpcutilsError, MissingPartError, SpecError
+from hpcutils.errors import DataError, HpcutilsError, JobFailedError, SpecError
 from hpcutils.log import LOGGER
 from hpcutils.models.custom_objects import CustomObjectScope
 from hpcutils.models.plot import plot_model
@@ -41,8 +42,8 @@ def run(
     """Train; every rank returns the same outcome."""
     keras.utils.set_random_seed(job.training.seed)
     reducer = connect(ranks)
-    with open_data(job, run, ranks, staged) as (training, validation), custom_objects(job, run):
-        template = build_model(job, run)
+    with open_data(job, run, ranks, staged) as (training, validation), custom_objects(job, run.code):
+        template = build_model(job, run.code)
         model, optimizer = prepare_model(template, job, device_names, reducer)
         done = restore(template, optimizer, run)
         share_state(template, optimizer, reducer, ranks.world.rank)
@@ -69,6 +70,8 @@ def run(
         digests = ranks.gather(weights_digest(template))
         if ranks.world.rank == 0:
             save_model(template, run.model)
+    if len(set(digests)) > 1:
+        raise JobFailedError(f"the ranks ended with {len(set(digests))} different models", "report this with the run's job.json")
     history = kept + recorder.history
     last = ranks.broadcast(history[-1])
     return {
@@ -77,16 +80,16 @@ def run(
         "accuracy": last.get("val_accuracy", last.get("accuracy")),
         "coverage": last["coverage"],
         "weights_sha256": digests[0],
-        "weights_identical": len(set(digests)) == 1,
+        "weights_identical": True,
         "reducer": reducer.name if reducer is not None else "none",
         "devices": device_names,
     }
 
 
 @contextmanager
-def custom_objects(job: Job, run: RunDirectory) -> Iterator[None]:
+def custom_objects(job: Job, code: Path) -> Iterator[None]:
     """Make the names in `model.custom_objects` known while the model is built, saved and loaded."""
-    objects = {name: load_function(reference, run.code) for name, reference in job.model.custom_objects.items()}
+    objects = {name: load_function(reference, code) for name, reference in job.model.custom_objects.items()}
     with CustomObjectScope(objects):
         yield
 
@@ -111,21 +114,12 @@ def open_data(
         return ShardedSequence(arrays[0], arrays[1], order, normalizer, job.data.classes)
 
     split = job.data.split
-    try:
-        training = opened(split.train, shuffle=True)
-        validation = opened(split.validation, shuffle=False) if split.validation is not None else None
-        yield training, validation
-    finally:
-        # Freeing a window is collective: after an error the other ranks are not coming.
-        if not _failing():
-            for array in open_arrays:
-                array.close()
-
-
-def _failing() -> bool:
-    import sys
-
-    return sys.exc_info()[0] is not None
+    training = opened(split.train, shuffle=True)
+    validation = opened(split.validation, shuffle=False) if split.validation is not None else None
+    yield training, validation
+    # Not in a `finally`: freeing a window is collective, and after an error the other ranks are not coming.
+    for array in open_arrays:
+        array.close()
 
 
 def _open(job: Job, staged: dict[str, Staged], reference: str, part: tuple[int, int | None]) -> HDF5Matrix:
@@ -142,13 +136,13 @@ def _agree(order: Order, arrays: list[NodeArray], ranks: Ranks) -> None:
             raise DataError(f"rank {rank} plans {plan}, rank 0 plans {plans[0]}", "the nodes do not see the same data")
 
 
-def build_model(job: Job, run: RunDirectory) -> Any:
+def build_model(job: Job, code: Path) -> Any:
     """Call the user's function and return its Keras model.
 
     Raises:
         SpecError: It returned something else, or its arguments do not fit.
     """
-    function = load_function(job.model.function, run.code)
+    function = load_function(job.model.function, code)
     try:
         model = function(**job.model.args)
     except TypeError as exc:
@@ -221,7 +215,7 @@ def describe(template: Any, run: RunDirectory) -> None:
     fs.write_text(run.summary, "\n".join(lines) + "\n")
     try:
         plot_model(template, to_file=str(run.picture), show_shapes=True, expand_nested=True)
-    except (MissingPartError, HpcutilsError) as exc:
+    except HpcutilsError as exc:
         LOGGER.warning("no picture of the model: %s", exc)
 
 
