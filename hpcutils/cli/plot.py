@@ -9,10 +9,19 @@ import click
 
 @click.command()
 @click.argument("source", metavar="TRAIN.YAML|MODEL", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("model.png"), show_default=True, help="png, svg, pdf or dot.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("model.png"),
+    show_default=True,
+    help="png, svg, pdf or dot.",
+)
 @click.option("--shapes/--no-shapes", default=True, show_default=True, help="Write the shapes of inputs and outputs.")
 @click.option("--expand-nested", is_flag=True, help="Draw the layers of models inside the model.")
-@click.option("--rankdir", type=click.Choice(["TB", "LR", "BT", "RL"]), default="TB", show_default=True, help="Direction of the flow.")
+@click.option(
+    "--rankdir", type=click.Choice(["TB", "LR", "BT", "RL"]), default="TB", show_default=True, help="Direction of the flow."
+)
 @click.option("--dpi", type=click.IntRange(20, 600), default=96, show_default=True, help="Dots per inch.")
 def plot(source: Path, output: Path, shapes: bool, expand_nested: bool, rankdir: str, dpi: int) -> None:
     """Draw a job's model or a saved one (.keras, .h5)."""

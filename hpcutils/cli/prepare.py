@@ -12,13 +12,14 @@ from typing import Any
 import click
 
 from hpcutils import shell
-from hpcutils.errors import DataError
-from hpcutils.image.find import ImageFile, find_image
+from hpcutils.errors import DataError, ImageError
+from hpcutils.hashing import digest_file
+from hpcutils.image.find import Image, find_image
 from hpcutils.launch.executor import batch_script
 from hpcutils.launch.request import Request, plan_request
 from hpcutils.launch.runs import runs_folder
 from hpcutils.rundir import RunDirectory, new_run_id
-from hpcutils.specs.job import Job, load_job
+from hpcutils.specs.job import Job, gpus_per_node, load_job
 
 Overrides = Mapping[tuple[str | int, ...], tuple[str, Any]]
 
@@ -36,7 +37,7 @@ class Plan:
 
     request: Request
     job_folder: Path
-    image: ImageFile | None
+    image: Image | None
     data_argv: tuple[str, ...] | None
 
     def make_data(self) -> None:
@@ -45,8 +46,12 @@ class Plan:
             make_data(self.data_argv, self.request.job, self.job_folder)
 
     def image_record(self) -> dict[str, Any] | None:
-        """Return what the run's record says of the image."""
-        return self.image.record() if self.image is not None else None
+        """Return what the run's record says of the image; one that nobody built here is hashed now."""
+        image = self.image
+        if image is None:
+            return None
+        sha256 = image.sha256 or digest_file(image.path)
+        return {"name": image.name, "path": str(image.path), "sha256": sha256, "digest": image.digest or None}
 
 
 def plan(job_file: Path, overrides: Overrides, image_name: str | None, runs: str | None) -> Plan:
@@ -54,10 +59,26 @@ def plan(job_file: Path, overrides: Overrides, image_name: str | None, runs: str
     job = load_job(job_file, overrides)
     folder = job_file.resolve().parent
     name = image_name or job.image
+    gpus_per_node(job.resources)  # what cannot be laid out is said before an image is looked for
     run = RunDirectory(runs_folder(runs) / new_run_id(job.name))
-    image = find_image(name) if name is not None else None
+    image = checked_image(name) if name is not None else None
     request = plan_request(job, run, image.path if image is not None else None, folder)
     return Plan(request, folder, image, data_argv(job, folder))
+
+
+def checked_image(name: str) -> Image:
+    """Return the image called `name`.
+
+    Raises:
+        ImageError: There is none, or the file has another size than when it was built.
+    """
+    image = find_image(name)
+    built_bytes = image.sidecar.get("size_bytes")
+    if built_bytes is not None and image.path.stat().st_size != built_bytes:
+        raise ImageError(
+            f"{image.path} is not the file that was built: its size differs", f"build it again: hpcutils build {image.name}"
+        )
+    return image
 
 
 def data_argv(job: Job, folder: Path) -> tuple[str, ...] | None:
@@ -91,7 +112,7 @@ def dry_run_text(planned: Plan) -> str:
     layout = request.layout
     head = [
         f"# run       {request.run.run_id}",
-        f"# layout    {layout.nodes} nodes x {layout.ranks_per_node} ranks x {layout.devices_per_rank} devices = {layout.replicas} replicas",
+        f"# layout    {layout.nodes} nodes x {layout.ranks_per_node} ranks x {layout.devices_per_rank} devices",
         f"# image     {request.image or 'none: this Python environment'}",
         "# commands  on this host, in this order",
         *(f"#   {command}" for command in commands),

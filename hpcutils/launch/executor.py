@@ -17,9 +17,7 @@ from hpcutils.launch.request import Request
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
 
-NO_ANSWER = re.compile(
-    r"unable to contact|connection refused|timed? out|socket|protocol authentication|munge", re.IGNORECASE
-)
+NO_ANSWER = re.compile(r"unable to contact|connection refused|timed? out|socket|protocol authentication|munge", re.IGNORECASE)
 
 
 def batch_script(request: Request) -> str:
@@ -55,9 +53,7 @@ def submit(request: Request, task: Callable[[str], object]) -> str:
 
 def _executor(request: Request) -> SlurmExecutor:
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
-        raise SlurmUnavailableError(
-            "no sbatch or srun on the PATH: this machine is no Slurm login host", _NO_SLURM_HINT
-        )
+        raise SlurmUnavailableError("no sbatch or srun on the PATH: this machine is no Slurm login host", _NO_SLURM_HINT)
     from submitit import SlurmExecutor
 
     # The interpreter goes unquoted into the srun line.
@@ -66,9 +62,7 @@ def _executor(request: Request) -> SlurmExecutor:
     return executor
 
 
-_NO_SLURM_HINT = (
-    "log in to the cluster, start the sandbox ('slurm/sandbox up'), or train here: 'hpcutils run train.yaml'"
-)
+_NO_SLURM_HINT = "log in to the cluster, start the sandbox ('slurm/sandbox up'), or train here: 'hpcutils run train.yaml'"
 
 
 @contextlib.contextmanager

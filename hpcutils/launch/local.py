@@ -72,16 +72,12 @@ def _over_mpi(run: RunDirectory, ranks: int) -> None:
     argv = [find_mpirun(), "-n", str(ranks), *_root_flag(), sys.executable, "-m", "hpcutils.train.entry", str(run.path)]
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PMIX_", "PMI_"))}
     try:
-        shell.stream(
-            argv, lambda line: print(line, file=sys.stderr), env=environ | LOCAL_ENVIRONMENT, error=JobFailedError
-        )
+        shell.stream(argv, lambda line: print(line, file=sys.stderr), env=environ | LOCAL_ENVIRONMENT, error=JobFailedError)
     except JobFailedError as exc:
         failure = read_json(run.failure)
         if failure is None:
             raise
-        raise by_exit_code(failure["exit_code"])(
-            f"rank {failure['rank']}: {failure['message']}", failure["hint"]
-        ) from exc
+        raise by_exit_code(failure["exit_code"])(f"rank {failure['rank']}: {failure['message']}", failure["hint"]) from exc
 
 
 def find_mpirun() -> str:

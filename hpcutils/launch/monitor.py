@@ -94,7 +94,7 @@ def _ask_slurm(job_id: str) -> tuple[str, str | None]:
     if "Invalid job id" in answer.stderr:
         return (
             "LOST",
-            "Slurm knows the job no more, and it left no exit code: its first node was lost, or it was cancelled before it started",
+            "Slurm knows the job no more, and it left no exit code: its node was lost, or it never started",
         )
     raise SlurmUnavailableError(f"Slurm does not answer: {answer.stderr.strip()}", "ask 'scontrol ping'")
 
@@ -114,9 +114,7 @@ def rank_deaths(batch_log: str) -> list[str]:
     for match in TASK_ENDED.finditer(batch_log):
         how = match["how"].removesuffix(" (core dumped)")
         by = (
-            f"was killed by signal {signal.Signals[SIGNALS[how]].value} ({SIGNALS[how]})"
-            if how in SIGNALS
-            else f"ended: {how}"
+            f"was killed by signal {signal.Signals[SIGNALS[how]].value} ({SIGNALS[how]})" if how in SIGNALS else f"ended: {how}"
         )
         sentences.append(f"rank {match['tasks']} on {match['node']} {by}")
     return sentences
@@ -139,9 +137,7 @@ def follow(run: RunDirectory, out: TextIO) -> Status:
         # Slurm is asked seldom (a login host has many users); the exit code's file is looked at often.
         if run.exit_code.exists() or time.monotonic() - asked_at > SLURM_POLL_S:
             current, asked_at = status(run), time.monotonic()
-            waiting = (
-                f"{current.state.lower()}{f' ({current.reason})' if current.reason and not current.is_over else ''}"
-            )
+            waiting = f"{current.state.lower()}{f' ({current.reason})' if current.reason and not current.is_over else ''}"
             if waiting != said and not current.is_over:
                 out.write(f"[hpcutils] job {current.job_id} {waiting}\n")
                 said = waiting

@@ -10,20 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from hpcutils.errors import EXIT_REQUEUE
-from hpcutils.image.exec_line import Bind, exec_argv
+from hpcutils.image.exec_line import MPI_ENVIRONMENT, bind, exec_argv
 from hpcutils.rundir import RunDirectory
 from hpcutils.specs.job import Job, gpus_per_node, parse_time_s
 
 MAX_RESTARTS = 3
 
-# Set in every rank. CMA single copy cannot work between the ranks' own user namespaces, and PMIx' shared-memory store prints lock
-# errors from inside a container; waiting ranks must yield where ranks outnumber cores.
-RANK_ENVIRONMENT = {
-    "OMPI_MCA_btl_vader_single_copy_mechanism": "none",
-    "PMIX_MCA_gds": "hash",
-    "OMPI_MCA_mpi_yield_when_idle": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "2",
-}
+# Set in every rank: waiting ranks must yield where ranks outnumber cores, and TensorFlow's greetings are no news.
+RANK_ENVIRONMENT = {"OMPI_MCA_mpi_yield_when_idle": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
 
 @dataclass(frozen=True)
@@ -91,11 +85,13 @@ def plan_request(job: Job, run: RunDirectory, image: Path | None, job_folder: Pa
 def plan_python(job: Job, run: RunDirectory, image: Path | None, job_folder: Path) -> tuple[str, ...]:
     """Return the words that start Python in a rank."""
     if image is None:
-        return ("env", *(f"{name}={value}" for name, value in RANK_ENVIRONMENT.items()), sys.executable)
-    folders = {run.path.parent} | {(job_folder / f.path).resolve().parent for f in job.data.files if f.path is not None}
-    binds = [Bind(folder, writable=folder == run.path.parent) for folder in sorted(folders)]
+        variables = {**MPI_ENVIRONMENT, **RANK_ENVIRONMENT}
+        return ("env", *(f"{name}={value}" for name, value in variables.items()), sys.executable)
+    runs = run.path.parent
+    folders = {(job_folder / file.path).resolve().parent for file in job.data.files if file.path is not None} - {runs}
+    binds = [bind(runs), *(bind(folder, read_only=True) for folder in sorted(folders))]
     gpu = job.resources.devices == "gpu"
-    return (*exec_argv(image, binds=binds, environment=RANK_ENVIRONMENT, gpu=gpu), "python3")
+    return (*exec_argv(image, binds, RANK_ENVIRONMENT, gpu), "python3")
 
 
 def _parameters(job: Job, run: RunDirectory, layout: Layout) -> dict[str, Any]:

@@ -20,10 +20,7 @@ def code_files(folder: Path) -> list[Path]:
     found = [
         path
         for path in sorted(folder.rglob("*"))
-        if path.suffix in SUFFIXES
-        and path.is_file()
-        and path.stat().st_size <= LARGEST_FILE_BYTES
-        and _counts(path, folder)
+        if path.suffix in SUFFIXES and path.is_file() and path.stat().st_size <= LARGEST_FILE_BYTES and _counts(path, folder)
     ]
     total = sum(path.stat().st_size for path in found)
     if total > LARGEST_TOTAL_BYTES:

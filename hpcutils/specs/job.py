@@ -200,9 +200,7 @@ class Training(Model):
     @classmethod
     def _named(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
         if isinstance(value, dict) and not isinstance(value.get("name"), str):
-            raise ValueError(
-                "an optimizer given as a mapping needs its 'name', e.g. {name: adam, learning_rate: 0.001}"
-            )
+            raise ValueError("an optimizer given as a mapping needs its 'name', e.g. {name: adam, learning_rate: 0.001}")
         return value
 
 
@@ -346,8 +344,8 @@ def _unknown_key(location: Location) -> str:
 
 def _model_at(location: Location) -> type[BaseModel]:
     """Return the model that a location lies in."""
-    children = {"data": Data, "files": DataFile, "split": Split, "model": ModelSpec, "training": Training}
-    children |= {"resources": Resources, "checkpoints": Checkpoints}
+    children: dict[str, type[BaseModel]] = {"data": Data, "files": DataFile, "split": Split, "model": ModelSpec}
+    children |= {"training": Training, "resources": Resources, "checkpoints": Checkpoints}
     names = [part for part in location if isinstance(part, str)]
     return children[names[-1]] if names else Job
 

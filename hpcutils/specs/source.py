@@ -61,14 +61,12 @@ class Source:
 
     def override(self, location: Location, value: Any, option: str) -> None:
         """Set a value from the command line: it wins over the file, and messages name the option."""
-        node = self.data
+        node: dict[Any, Any] = self.data
         for name in location[:-1]:
-            child = node.get(name)  # type: ignore[call-overload]
-            if not isinstance(child, dict):
-                child = {}
-                node[name] = child  # type: ignore[index]
-            node = child
-        node[location[-1]] = value  # type: ignore[index]
+            if not isinstance(node.get(name), dict):
+                node[name] = {}
+            node = node[name]
+        node[location[-1]] = value
         self.overrides[location] = option
 
 
@@ -102,9 +100,7 @@ def read_yaml(path: Path) -> Source:
     problems: list[Problem] = []
     data = _plain(root, (), source, problems, yaml) if root is not None else None
     if not isinstance(data, dict):
-        raise SpecError(
-            f"{path.name}:1:1: a mapping of keys to values was expected", "start from jobs/digits/train.yaml"
-        )
+        raise SpecError(f"{path.name}:1:1: a mapping of keys to values was expected", "start from jobs/digits/train.yaml")
     if problems:
         raise source.error(problems)
     source.data.update(data)

@@ -53,8 +53,8 @@ class Staged:
 
 
 def cache_root() -> Path:
-    """Return the node-local cache: `$HPCUTILS_CACHE`, or a folder of the user's in `$SLURM_TMPDIR`, `$TMPDIR` or `/tmp`."""
-    named = os.environ.get("HPCUTILS_CACHE")
+    """Return the node-local cache: `$HPCUTILS_NODE_CACHE`, or a folder of the user's in `$SLURM_TMPDIR`, `$TMPDIR` or `/tmp`."""
+    named = os.environ.get("HPCUTILS_NODE_CACHE")
     if named:
         return Path(named)
     base = os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()

@@ -32,9 +32,7 @@ def configure(job: Job, world: World, devices_per_rank: int) -> list[str]:
 
     threads = job.resources.cpus_per_task
     # Ranks that each start a thread per core of the node would fight for the cores.
-    tf.config.threading.set_intra_op_parallelism_threads(
-        threads if world.local_size > 1 else max(threads, len(_cores()))
-    )
+    tf.config.threading.set_intra_op_parallelism_threads(threads if world.local_size > 1 else max(threads, len(_cores())))
     if job.resources.devices == "simulated":
         return _simulated(devices_per_rank)
     return _gpus(world, devices_per_rank)

@@ -39,9 +39,7 @@ class HorovodReducer:
         hvd.init()
         self._hvd, self.name = hvd, f"horovod {horovod.__version__}"
         if hvd.size() != ranks.world.world_size:
-            raise MissingPartError(
-                f"Horovod sees {hvd.size()} ranks of {ranks.world.world_size}", "it must be built with MPI"
-            )
+            raise MissingPartError(f"Horovod sees {hvd.size()} ranks of {ranks.world.world_size}", "it must be built with MPI")
 
     def average(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Return the means over ranks: one group, so that Horovod fuses them into one message."""

@@ -42,4 +42,6 @@ def _load(source: Path) -> Any:
     try:
         return keras.saving.load_model(source, compile=False)
     except (ValueError, OSError, TypeError) as exc:
-        raise SpecError(f"{source} cannot be loaded as a Keras model: {exc}", "custom objects are known through a train.yaml") from exc
+        raise SpecError(
+            f"{source} cannot be loaded as a Keras model: {exc}", "custom objects are known through a train.yaml"
+        ) from exc

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,14 @@ def train(run: RunDirectory, world: World) -> dict[str, Any]:
     from hpcutils.train import session
 
     outcome = session.run(job, run, ranks, staged, names)
+    peaks_mb = ranks.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     result = {
         "run": run.run_id,
         "nodes": submission["nodes"],
         "world_size": world.world_size,
         "replicas": world.world_size * len(names),
         "seconds": round(time.perf_counter() - started, 2),
+        "peak_rss_mb": [round(peak, 1) for peak in peaks_mb],
         **outcome,
     }
     if world.rank == 0:
@@ -58,8 +61,7 @@ def train(run: RunDirectory, world: World) -> dict[str, Any]:
 def stage_files(job: Job, job_folder: Path, ranks: Ranks) -> dict[str, Staged]:
     """Have every data file on this node; one rank a node does the work, and all ranks fail together."""
     items = [
-        Item(file.name, file.url or str((job_folder / (file.path or "")).resolve()), file.sha256)
-        for file in job.data.files
+        Item(file.name, file.url or str((job_folder / (file.path or "")).resolve()), file.sha256) for file in job.data.files
     ]
     root = cache_root()
     staged = ranks.on_leaders(lambda: [stage(item, root) for item in items])

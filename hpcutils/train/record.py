@@ -182,9 +182,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         with self.run.metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
         values = "  ".join(f"{name} {value:.4f}" for name, value in self._values.items())
-        LOGGER.info(
-            "epoch %d/%d  %s  %.0f samples/s", epoch + 1, self.job.training.epochs, values, line["samples_per_s"]
-        )
+        LOGGER.info("epoch %d/%d  %s  %.0f samples/s", epoch + 1, self.job.training.epochs, values, line["samples_per_s"])
 
 
 def average_state(model: Any, ranks: Ranks) -> None:

@@ -36,9 +36,7 @@ from hpcutils.train.usercode import load_function
 Normalizer = Callable[[Any], Any]
 
 
-def run(
-    job: Job, run: RunDirectory, ranks: Ranks, staged: dict[str, Staged], device_names: list[str]
-) -> dict[str, Any]:
+def run(job: Job, run: RunDirectory, ranks: Ranks, staged: dict[str, Staged], device_names: list[str]) -> dict[str, Any]:
     """Train; every rank returns the same outcome."""
     keras.utils.set_random_seed(job.training.seed)
     reducer = connect(ranks)
@@ -67,11 +65,14 @@ def run(
             verbose=0,
             callbacks=[recorder],
         )
-        digests = ranks.gather(weights_digest(template))
+        digests = ranks.gather(digest := weights_digest(template))
+        LOGGER.info("weights sha256 %s", digest)
         if ranks.world.rank == 0:
             save_model(template, run.model)
     if len(set(digests)) > 1:
-        raise JobFailedError(f"the ranks ended with {len(set(digests))} different models", "report this with the run's job.json")
+        raise JobFailedError(
+            f"the ranks ended with {len(set(digests))} different models", "report this with the run's job.json"
+        )
     history = kept + recorder.history
     last = ranks.broadcast(history[-1])
     return {
@@ -107,9 +108,7 @@ def open_data(
         arrays = [NodeArray(matrix, ranks.node_comm) for matrix in (x, y)]
         open_arrays.extend(arrays)
         check_same_length(*arrays)
-        order = Order(
-            len(x), job.training.batch_size, ranks.world.world_size, ranks.world.rank, job.training.seed, shuffle
-        )
+        order = Order(len(x), job.training.batch_size, ranks.world.world_size, ranks.world.rank, job.training.seed, shuffle)
         _agree(order, arrays, ranks)
         return ShardedSequence(arrays[0], arrays[1], order, normalizer, job.data.classes)
 

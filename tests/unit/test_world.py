@@ -46,7 +46,10 @@ def test_the_batch_shell_is_no_rank():
         world_from_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"})
 
 
-@pytest.mark.parametrize("change", [{"PMIX_RANK": "0"}, {"OMPI_COMM_WORLD_SIZE": "1"}, {"SLURM_PROCID": "8", "PMIX_RANK": "8"}, {"SLURM_PROCID": "x"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"PMIX_RANK": "0"}, {"OMPI_COMM_WORLD_SIZE": "1"}, {"SLURM_PROCID": "8", "PMIX_RANK": "8"}, {"SLURM_PROCID": "x"}],
+)
 def test_launchers_that_contradict_each_other(change):
     with pytest.raises(WorldError) as caught:
         world_from_environment(STEP | change)

@@ -1,0 +1,45 @@
+"""What the documents say is what the code does."""
+
+import re
+from pathlib import Path
+
+from hpcutils.cli import COMMANDS
+from hpcutils.errors import tree
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_exit_code_is_documented():
+    text = (ROOT / "docs" / "reference" / "exit-codes.md").read_text()
+    rows = {(int(code), name) for code, name in re.findall(r"^\| (\d+) \| `(\w+)` \|", text, re.MULTILINE)}
+    assert rows == {(cls.exit_code, cls.__name__) for cls in tree()}
+
+
+def test_exit_codes_differ():
+    codes = [cls.exit_code for cls in tree()]
+    assert len(set(codes)) == len(codes)
+
+
+def test_every_command_is_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    table = readme[readme.index("## Commands") : readme.index("## From Python")]
+    assert [name for name in COMMANDS if f"`hpcutils {name}" not in table and f"`{name}`" not in table] == []
+
+
+def test_links_lead_somewhere():
+    broken = []
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            if "://" not in target and not (page.parent / target).exists():
+                broken.append(f"{page.relative_to(ROOT)}: {target}")
+    assert broken == []
+
+
+def test_every_key_of_train_yaml_is_documented():
+    from hpcutils.specs.job import Checkpoints, Data, DataFile, Job, ModelSpec, Resources, Split, Training
+
+    text = (ROOT / "docs" / "reference" / "train-yaml.md").read_text()
+    keys = {key for cls in (Data, Job, ModelSpec, Resources, Training, Checkpoints) for key in cls.model_fields}
+    keys |= {f"files[].{key}" for key in DataFile.model_fields} | {f"split.{key}" for key in Split.model_fields}
+    keys -= {"data", "model", "training", "resources", "checkpoints", "split"}
+    assert {key for key in keys if f"`{key}`" not in text} == set()

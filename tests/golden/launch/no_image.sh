@@ -1,0 +1,33 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --chdir=/shared/runs/digits-20260131-142501-3f9c
+#SBATCH --cpus-per-task=1
+#SBATCH --gpus-per-node=4
+#SBATCH --job-name=digits
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/runs/digits-20260131-142501-3f9c/logs/batch.log
+#SBATCH --requeue
+#SBATCH --signal=USR2@90
+#SBATCH --time=1441
+#SBATCH --wait-all-nodes=1
+#SBATCH --wckey=submitit
+
+# setup
+mkdir -p /shared/runs/digits-20260131-142501-3f9c/logs/"restart-${SLURM_RESTART_COUNT:-0}"
+ln -sfn "restart-${SLURM_RESTART_COUNT:-0}" /shared/runs/digits-20260131-142501-3f9c/logs/current
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /shared/runs/digits-20260131-142501-3f9c/.submitit/%j_%t_log.out --mpi=pmix --kill-on-bad-exit=1 --cpus-per-task=1 --output=/shared/runs/digits-20260131-142501-3f9c/logs/current/rank-%t.log --open-mode=append env OMPI_MCA_btl_vader_single_copy_mechanism=none PMIX_MCA_gds=hash OMPI_MCA_mpi_yield_when_idle=1 TF_CPP_MIN_LOG_LEVEL=2 /usr/bin/python3 -u -m submitit.core._submit /shared/runs/digits-20260131-142501-3f9c/.submitit
+
+
+# teardown
+code=$?
+if [ "$code" -eq 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; then
+  scontrol requeue "$SLURM_JOB_ID" && exit 0
+fi
+echo "$code" > /shared/runs/digits-20260131-142501-3f9c/exit_code.part && mv /shared/runs/digits-20260131-142501-3f9c/exit_code.part /shared/runs/digits-20260131-142501-3f9c/exit_code
+exit "$code"

@@ -1,0 +1,87 @@
+"""Training without Slurm and containers: in one process, and over MPI ranks of this machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DIGITS = ROOT / "jobs" / "digits" / "train.yaml"
+
+
+def train(folder: Path, *words: str) -> tuple[dict, list[dict]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "hpcutils", "run", str(DIGITS), "--json", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    return result, [json.loads(line) for line in (Path(result["path"]) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_in_this_process(tmp_path):
+    result, lines = train(tmp_path)
+    assert result["accuracy"] >= 0.96
+    assert (result["world_size"], result["replicas"], result["coverage"], result["reducer"]) == (1, 1, "exact", "none")
+    assert [line["samples"] for line in lines] == [1437] * 14
+
+
+@pytest.mark.mpi
+def test_ranks_and_devices_train_on_the_same_batches(tmp_path):
+    alone = train(tmp_path, "--epochs", "1")[1]
+    for words in (("--ranks", "2"), ("--ranks", "3", "--gpus", "6")):
+        result, lines = train(tmp_path, "--epochs", "1", *words)
+        assert result["world_size"] == int(words[1])
+        assert result["reducer"] != "none"
+        for name in ("loss", "accuracy", "val_loss", "val_accuracy"):
+            assert lines[0][name] == pytest.approx(alone[0][name], abs=1e-4), (words, name)
+
+
+@pytest.mark.mpi
+def test_a_failing_rank_ends_the_others_with_its_code(tmp_path):
+    job = tmp_path / "job"
+    job.mkdir()
+    for name in ("train.yaml", "make_data.py"):
+        (job / name).write_text((DIGITS.parent / name).read_text())
+    model = (DIGITS.parent / "model.py").read_text()
+    lines = (
+        "def broken():",
+        "    import os",
+        '    if os.environ["OMPI_COMM_WORLD_RANK"] == "1":',
+        '        raise RuntimeError("no luck")',
+    )
+    wrong = "\n\n" + "\n".join(lines) + "\n    return build()\n"
+    (job / "model.py").write_text(model + wrong)
+    text = (
+        (job / "train.yaml").read_text().replace("model.py:build", "model.py:broken").replace("args: {filters: 32}", "args: {}")
+    )
+    (job / "train.yaml").write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "hpcutils", "run", "train.yaml", "--ranks", "2"],
+        cwd=job,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 9
+    assert "error: rank 1: RuntimeError: no luck" in done.stderr
+
+
+def test_summary_and_plot_of_a_job(tmp_path):
+    shown = subprocess.run(
+        [sys.executable, "-m", "hpcutils", "summary", str(DIGITS)], capture_output=True, text=True, check=True
+    )
+    assert "conv2d" in shown.stdout
+    assert "Total params" in shown.stdout
+    subprocess.run(
+        [sys.executable, "-m", "hpcutils", "plot", str(DIGITS), "-o", "net.svg"], cwd=tmp_path, capture_output=True, check=True
+    )
+    assert "conv2d" in (tmp_path / "net.svg").read_text()
