@@ -41,12 +41,20 @@ OVERRIDES: list[tuple[str, tuple[str, str], Any, str]] = [
 ]
 
 
-def override_options(function: F) -> F:
-    """Add an option for each value of train.yaml that the command line can set."""
-    for option, location, kind, text in reversed(OVERRIDES):
-        name = "_".join(location)
-        function = click.option(option, name, type=kind, help=text, default=None)(function)
-    return function
+# What means nothing on one machine without Slurm.
+SLURM_ONLY = {"--nodes", "--gpus-per-node", "--time", "--partition", "--replication"}
+
+
+def override_options(leave_out: frozenset[str] | set[str] = frozenset()) -> Callable[[F], F]:
+    """Return a decorator that adds an option for each value of train.yaml that the command line can set."""
+
+    def decorate(function: F) -> F:
+        for option, location, kind, text in reversed(OVERRIDES):
+            if option not in leave_out:
+                function = click.option(option, "_".join(location), type=kind, help=text, default=None)(function)
+        return function
+
+    return decorate
 
 
 def overrides_of(values: dict[str, Any]) -> dict[tuple[str | int, ...], tuple[str, Any]]:

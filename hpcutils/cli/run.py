@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from hpcutils.cli.options import JOB_FILE, JSON, RUNS, emit, override_options, overrides_of
+from hpcutils.cli.options import JOB_FILE, JSON, RUNS, SLURM_ONLY, emit, override_options, overrides_of
 
 
 @click.command()
 @JOB_FILE
 @click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Local MPI ranks.")
-@override_options
+@override_options(leave_out=SLURM_ONLY)
 @RUNS
 @JSON
 def run(job_file: Path, ranks: int, runs: str | None, as_json: bool, **values: Any) -> None:

@@ -13,10 +13,8 @@ from hpcutils.cli.options import JOB_FILE, JSON, RUNS, emit, override_options, o
 
 @click.command()
 @JOB_FILE
-@override_options
-@click.option(
-    "--image", "image_name", metavar="NAME", help="Image to run in: a name that was built, or the path of a SIF."
-)
+@override_options()
+@click.option("--image", "image_name", metavar="NAME", help="Image to run in: a name that was built, or the path of a SIF.")
 @click.option("--dry-run", is_flag=True, help="Print the batch script and the commands; do nothing.")
 @click.option("--follow", is_flag=True, help="Wait, stream rank 0's log, exit with the job's verdict.")
 @RUNS

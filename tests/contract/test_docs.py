@@ -43,3 +43,10 @@ def test_every_key_of_train_yaml_is_documented():
     keys |= {f"files[].{key}" for key in DataFile.model_fields} | {f"split.{key}" for key in Split.model_fields}
     keys -= {"data", "model", "training", "resources", "checkpoints", "split"}
     assert {key for key in keys if f"`{key}`" not in text} == set()
+
+
+def test_the_command_reference_is_up_to_date(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from generate import command_page
+
+    assert (ROOT / "docs" / "reference" / "cli.md").read_text() == command_page(), "run: make docs"
