@@ -59,9 +59,7 @@ def status(run: RunDirectory) -> Status:
     if code is not None:
         return _ended(run, job_id, code)
     if job_id is None:
-        raise SpecError(
-            f"run {run.run_id} was never submitted to Slurm and has no verdict", "runs of 'hpcutils run' end with it"
-        )
+        raise SpecError(f"run {run.run_id} was never submitted to Slurm and has no verdict", "runs of 'hpcutils run' end with it")
     state, reason = _ask_slurm(job_id)
     if state in ALIVE:
         return Status(run.run_id, job_id, state, None, reason)
@@ -113,9 +111,7 @@ def rank_deaths(batch_log: str) -> list[str]:
     sentences = []
     for match in TASK_ENDED.finditer(batch_log):
         how = match["how"].removesuffix(" (core dumped)")
-        by = (
-            f"was killed by signal {signal.Signals[SIGNALS[how]].value} ({SIGNALS[how]})" if how in SIGNALS else f"ended: {how}"
-        )
+        by = f"was killed by signal {signal.Signals[SIGNALS[how]].value} ({SIGNALS[how]})" if how in SIGNALS else f"ended: {how}"
         sentences.append(f"rank {match['tasks']} on {match['node']} {by}")
     return sentences
 

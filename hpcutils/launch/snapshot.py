@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -16,24 +17,26 @@ SUFFIXES = {".py", ".yaml", ".yml", ".toml", ".json", ".txt", ".md", ".cfg", ".i
 
 
 def code_files(folder: Path) -> list[Path]:
-    """Return the files of a job folder that count as code, sorted: text formats up to 1 MiB, no hidden and no cache folders."""
-    found = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix in SUFFIXES and path.is_file() and path.stat().st_size <= LARGEST_FILE_BYTES and _counts(path, folder)
-    ]
-    total = sum(path.stat().st_size for path in found)
-    if total > LARGEST_TOTAL_BYTES:
-        raise RequestError(
-            f"{folder} holds {total >> 20} MiB of code files; up to {LARGEST_TOTAL_BYTES >> 20} MiB are copied with a run",
-            "keep train.yaml and its modules in a folder of their own",
-        )
-    return found
+    """Return the files of a job folder that count as code, sorted: text formats up to 1 MiB, no hidden and no cache folders.
 
-
-def _counts(path: Path, folder: Path) -> bool:
-    parts = path.relative_to(folder).parts
-    return not any(part in SKIPPED or part.startswith(".") for part in parts)
+    Raises:
+        RequestError: They are more than 64 MiB: this is no job's folder.
+    """
+    found, total = [], 0
+    for parent, folders, names in os.walk(folder):
+        # In place: os.walk then leaves them out.
+        folders[:] = sorted(name for name in folders if name not in SKIPPED and not name.startswith("."))
+        for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
+            if path.suffix not in SUFFIXES or not path.is_file() or path.stat().st_size > LARGEST_FILE_BYTES:
+                continue
+            found.append(path)
+            total += path.stat().st_size
+            if total > LARGEST_TOTAL_BYTES:
+                raise RequestError(
+                    f"{folder} holds more than {LARGEST_TOTAL_BYTES >> 20} MiB of code files, which are copied with every run",
+                    "keep train.yaml and its modules in a folder of their own",
+                )
+    return sorted(found)
 
 
 def snapshot(folder: Path, target: Path) -> str:

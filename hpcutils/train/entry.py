@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -25,7 +26,8 @@ def run_rank(run_path: str) -> dict[str, Any]:
     run = RunDirectory(Path(run_path))
     # submitit ignores SIGTERM, which would keep the ranks of a broken job alive until they are killed.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    world = World()
+    # Until it knows better: an error in finding the world out must name the node, too.
+    world = World(node=socket.gethostname())
     try:
         world = world_from_environment()
         log.configure(str(world))

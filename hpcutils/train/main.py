@@ -60,9 +60,7 @@ def train(run: RunDirectory, world: World) -> dict[str, Any]:
 
 def stage_files(job: Job, job_folder: Path, ranks: Ranks) -> dict[str, Staged]:
     """Have every data file on this node; one rank a node does the work, and all ranks fail together."""
-    items = [
-        Item(file.name, file.url or str((job_folder / (file.path or "")).resolve()), file.sha256) for file in job.data.files
-    ]
+    items = [Item(file.name, file.url or str((job_folder / (file.path or "")).resolve()), file.sha256) for file in job.data.files]
     root = cache_root()
     staged = ranks.on_leaders(lambda: [stage(item, root) for item in items])
     digests = ranks.gather([file.sha256 for file in staged])

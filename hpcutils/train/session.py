@@ -48,12 +48,7 @@ def run(job: Job, run: RunDirectory, ranks: Ranks, staged: dict[str, Staged], de
         kept = forget_epochs(run, done) if ranks.world.rank == 0 else []
         if ranks.world.rank == 0:
             describe(template, run)
-        LOGGER.info(
-            "training: %d steps an epoch, %d replicas in this rank, x is read by %s",
-            training.order.steps,
-            len(device_names),
-            training.x.mode,
-        )
+            announce(job, ranks, training, len(device_names), reducer)
 
         recorder = Recorder(run, job, template, ranks, training, validation)
         model.fit(
@@ -70,9 +65,7 @@ def run(job: Job, run: RunDirectory, ranks: Ranks, staged: dict[str, Staged], de
         if ranks.world.rank == 0:
             save_model(template, run.model)
     if len(set(digests)) > 1:
-        raise JobFailedError(
-            f"the ranks ended with {len(set(digests))} different models", "report this with the run's job.json"
-        )
+        raise JobFailedError(f"the ranks ended with {len(set(digests))} different models", "report this with the run's job.json")
     history = kept + recorder.history
     last = ranks.broadcast(history[-1])
     return {
@@ -205,6 +198,15 @@ def share_state(template: Any, optimizer: Any, reducer: Reducer | None, rank: in
     for variable in template.variables:
         if "seed_generator_state" in variable.path:
             variable.assign(variable + keras.ops.cast(rank, variable.dtype))
+
+
+def announce(job: Job, ranks: Ranks, training: ShardedSequence, devices: int, reducer: Reducer | None) -> None:
+    """Log what is about to run."""
+    order, world = training.order, ranks.world
+    LOGGER.info(
+        "%s: %d ranks x %d devices, gradients by %s", job.name, world.world_size, devices, reducer.name if reducer else "none"
+    )
+    LOGGER.info("%d samples, %d steps of %d an epoch, read by %s", order.samples, order.steps, order.batch_size, training.x.mode)
 
 
 def describe(template: Any, run: RunDirectory) -> None:
