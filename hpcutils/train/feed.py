@@ -15,7 +15,7 @@ from hpcutils.data.sequence import Sequence
 Batch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
-class ShardedSequence(Sequence):  # type: ignore[misc]
+class ShardedSequence(Sequence):
     """A Keras data set of `(x, y, weight)` batches for one rank.
 
     Args:

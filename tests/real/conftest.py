@@ -108,6 +108,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def image(cluster: Cluster) -> str:
     """The built image; `make test` builds it before."""
-    done = cluster.run("hpcutils", "build", "tf-horovod-cpu", "--json", check=False)
+    # On the machine itself: the cluster's hosts have no network to build over.
+    done = cluster.sandbox("user", "--", "hpcutils", "build", "tf-horovod-cpu", "--json", check=False)
     require(done.returncode == 0, f"the image tf-horovod-cpu (make image): {done.stderr}")
     return "tf-horovod-cpu"
