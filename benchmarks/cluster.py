@@ -18,7 +18,7 @@ ENVIRONMENT = os.environ | {"HPCUTILS_SANDBOX_NAME": "bench"}
 @contextlib.contextmanager
 def sandbox(nodes: int = 2, gpus: int = 4) -> Iterator[Path]:
     """Yield a folder on the shared file system while a cluster is up."""
-    subprocess.run([str(SANDBOX), "up", "--nodes", str(nodes), "--gpus", str(gpus)], env=ENVIRONMENT, check=True)
+    subprocess.run([str(SANDBOX), "up", "--replace", "--nodes", str(nodes), "--gpus", str(gpus)], env=ENVIRONMENT, check=True)
     folder = Path(pwd.getpwnam("hpcuser").pw_dir) / f"bench-{os.getpid()}"
     try:
         on_login("mkdir", "-p", str(folder))

@@ -22,6 +22,9 @@ SOURCES = {
     "PMIx": ("PMIX_RANK", "", ""),
 }
 
+# One of these tells MPI how to reach the other ranks.
+MPI_WIRES = ("PMIX_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
+
 
 @dataclass(frozen=True)
 class World:
@@ -92,6 +95,9 @@ def world_from_environment(environ: Mapping[str, str] | None = None) -> World:
     size = _agreed(environ, 1, "size of the world") or 1
     if rank is None and size > 1:
         raise WorldError(f"Slurm counts {size} tasks, but this process was given no rank", LAUNCH_HINT)
+    if in_step and size > 1 and not any(name in environ for name in MPI_WIRES):
+        # Open MPI 4 would end the process in MPI_Init without a word of why; Open MPI 5 would make it a world of one.
+        raise WorldError(f"Slurm started rank {rank} of {size} without PMIx: MPI cannot connect it to the others", LAUNCH_HINT)
     if rank is not None and rank >= size:
         raise WorldError(f"rank {rank} does not exist in a world of {size}", LAUNCH_HINT)
     local_rank = _agreed(environ, 2, "rank on the node") or 0

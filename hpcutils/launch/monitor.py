@@ -107,9 +107,10 @@ def _failure_reason(run: RunDirectory) -> str | None:
 
 
 def rank_deaths(batch_log: str) -> list[str]:
-    """Return a sentence for each task that srun saw dying by itself, the first first."""
+    """Return a sentence for each task that srun saw dying, the cause first: srun itself terminates the tasks that were left."""
     sentences = []
-    for match in TASK_ENDED.finditer(batch_log):
+    deaths = sorted(TASK_ENDED.finditer(batch_log), key=lambda match: match["how"] == "Terminated")
+    for match in deaths:
         how = match["how"].removesuffix(" (core dumped)")
         by = f"was killed by signal {signal.Signals[SIGNALS[how]].value} ({SIGNALS[how]})" if how in SIGNALS else f"ended: {how}"
         sentences.append(f"rank {match['tasks']} on {match['node']} {by}")

@@ -96,7 +96,7 @@ def cluster() -> Iterator[Cluster]:
     require(shutil.which("slurmctld") is not None, "slurm-wlm")
     name = "tests"
     environ = os.environ | {"HPCUTILS_SANDBOX_NAME": name}
-    subprocess.run([str(SANDBOX), "up", "--nodes", "2", "--gpus", "4"], env=environ, check=True)
+    subprocess.run([str(SANDBOX), "up", "--replace", "--nodes", "2", "--gpus", "4"], env=environ, check=True)
     home = Path(pwd.getpwnam(USER).pw_dir) / f"tests-{os.getpid()}"
     home.mkdir()
     own(home)

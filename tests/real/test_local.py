@@ -59,9 +59,7 @@ def test_a_failing_rank_ends_the_others_with_its_code(tmp_path):
     )
     wrong = "\n\n" + "\n".join(lines) + "\n    return build()\n"
     (job / "model.py").write_text(model + wrong)
-    text = (
-        (job / "train.yaml").read_text().replace("model.py:build", "model.py:broken").replace("args: {filters: 32}", "args: {}")
-    )
+    text = (job / "train.yaml").read_text().replace("model.py:build", "model.py:broken").replace("args: {filters: 32}", "args: {}")
     (job / "train.yaml").write_text(text)
     done = subprocess.run(
         [sys.executable, "-m", "hpcutils", "run", "train.yaml", "--ranks", "2"],
@@ -76,9 +74,7 @@ def test_a_failing_rank_ends_the_others_with_its_code(tmp_path):
 
 
 def test_summary_and_plot_of_a_job(tmp_path):
-    shown = subprocess.run(
-        [sys.executable, "-m", "hpcutils", "summary", str(DIGITS)], capture_output=True, text=True, check=True
-    )
+    shown = subprocess.run([sys.executable, "-m", "hpcutils", "summary", str(DIGITS)], capture_output=True, text=True, check=True)
     assert "conv2d" in shown.stdout
     assert "Total params" in shown.stdout
     subprocess.run(

@@ -111,11 +111,7 @@ def ranks_of(job_id: str) -> dict[int, int]:
             environ = dict(pair.partition(b"=")[::2] for pair in (entry / "environ").read_bytes().split(b"\0"))
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-        if (
-            words[0].endswith(b"python3")
-            and b"submitit.core._submit" in words
-            and environ.get(b"SLURM_JOB_ID") == job_id.encode()
-        ):
+        if words[0].endswith(b"python3") and b"submitit.core._submit" in words and environ.get(b"SLURM_JOB_ID") == job_id.encode():
             found[int(environ[b"SLURM_PROCID"])] = int(entry.name)
     return found
 
@@ -137,7 +133,9 @@ def test_a_rank_killed_in_mid_epoch_ends_the_job_and_is_named(cluster, image):
     wait_until(lambda: not ranks_of(job_id), 20 - took_s, "the end of every rank")
     done = cluster.hpcutils("status", run.name, "--json", cwd=folder)
     answer = json.loads(done.stdout)
-    assert (answer["state"], answer["exit_code"]) == ("FAILED", 137)
+    assert answer["state"] == "FAILED"
+    # srun's: the highest of all ranks, of which it terminated (15) those that the killed one (9) left behind.
+    assert answer["exit_code"] in (128 + signal.SIGKILL, 128 + signal.SIGTERM)
     assert answer["reason"] == "rank 3 on node2 was killed by signal 9 (SIGKILL)"
 
 
@@ -147,9 +145,7 @@ def test_follow_tells_which_rank_was_killed(cluster, image):
     wait_until(lambda: (run / "metrics.jsonl").is_file(), 90, "the first epoch")
     os.kill(ranks_of(job_id)[1], signal.SIGKILL)
     wait_until(lambda: (run / "exit_code").is_file(), 20, "the end of the job")
-    code = (
-        "import sys; from pathlib import Path; from hpcutils.launch import monitor; from hpcutils.rundir import RunDirectory\n"
-    )
+    code = "import sys; from pathlib import Path; from hpcutils.launch import monitor; from hpcutils.rundir import RunDirectory\n"
     code += f"run = RunDirectory(Path({str(run)!r})); error = monitor.verdict_error(monitor.follow(run, sys.stderr), run)\n"
     code += "print(error); sys.exit(error.exit_code)"
     done = cluster.run("python", "-c", code, cwd=folder, check=False)
@@ -235,6 +231,6 @@ def test_a_launch_without_pmix_is_an_error_within_seconds(cluster, image):
     words = ("srun", "--mpi=none", "-N", "2", "--ntasks-per-node=1", "python", "-m", "hpcutils.train.entry", str(run))
     done = cluster.run(*words, cwd=folder, check=False)
     assert done.returncode == 10
-    assert "the launcher started rank" in done.stderr
+    assert "without PMIx" in done.stderr
     assert "--mpi=pmix" in done.stderr
     assert time.monotonic() - started < 30

@@ -56,6 +56,11 @@ def test_launchers_that_contradict_each_other(change):
     assert "--mpi=pmix" in (caught.value.hint or "")
 
 
+def test_a_step_without_pmix():
+    with pytest.raises(WorldError, match="rank 5 of 8 without PMIx"):
+        world_from_environment({name: value for name, value in STEP.items() if name != "PMIX_RANK"})
+
+
 def test_mpi_must_agree():
     world = world_from_environment(STEP)
     check_against_mpi(world, 5, 8)

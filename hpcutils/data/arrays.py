@@ -1,0 +1,154 @@
+"""Class labels to rows of a binary matrix, and vectors to unit length: plain numpy, nothing of Keras.
+
+Both functions work through their input in blocks that stay in a core's cache, so that each byte of the result is
+written to memory once.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any, SupportsIndex, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+# Elements of a block: 64 Ki float32 (256 KiB) lie in the second-level cache of every current core.
+BLOCK_ITEMS = 1 << 16
+# An identity matrix up to this size is read from cache: 1000 classes of float32 are 4 MB.
+TABLE_BYTES = 4 << 20
+
+
+def to_categorical(y: ArrayLike, num_classes: SupportsIndex | None = None, dtype: DTypeLike = "float32") -> NDArray[Any]:
+    """Turn integer class labels into one-hot rows, the classes along a new last axis.
+
+    Args:
+        y: Labels from 0 to `num_classes - 1`, any shape; floats are taken when each is a whole number. A last axis of
+            size 1 is dropped when there is another: `(n, 1)` counts as `(n,)`.
+        num_classes: Number of classes C; `None` takes the largest label plus one.
+        dtype: Data type of the result, any that numpy knows.
+
+    Returns:
+        An array of shape `y.shape + (C,)` and type `dtype`; a scalar label gives `(C,)`.
+
+    Raises:
+        ValueError: A label is negative, too large, not a whole number or not a number at all (the message names the
+            first such label and its place); or `y` is empty and `num_classes` is `None`.
+        TypeError: `num_classes` is not an integer.
+    """
+    labels = np.asarray(y)
+    if labels.ndim > 1 and labels.shape[-1] == 1:
+        labels = labels.reshape(labels.shape[:-1])
+    flat = _whole_numbers(labels).reshape(-1)  # (n,)
+    classes = _class_count(flat, num_classes)
+    _check_range(flat, classes, labels.shape)
+    return _one_hot(flat, classes, np.dtype(dtype)).reshape(*labels.shape, classes)
+
+
+def normalize(x: ArrayLike, axis: SupportsIndex = -1, order: float = 2) -> NDArray[Any]:
+    """Divide the vectors along `axis` by their norm.
+
+    The shape is kept: a 1-D array stays 1-D (`keras.utils.normalize`, old and new, turns it into `(1, n)`). A vector
+    of norm zero is divided by one, so it stays zero.
+
+    Args:
+        x: Numbers, at least 1-D. Integers and booleans become float64; float16, float32, float64 and complex types
+            stay what they are.
+        axis: The axis along which the vectors lie.
+        order: Order of the norm, as in `numpy.linalg.norm`: 2, 1, `np.inf`, 0, or another number.
+
+    Returns:
+        A new array of the shape of `x`.
+
+    Raises:
+        numpy.exceptions.AxisError: `axis` is not an axis of `x` (an `IndexError` and a `ValueError`).
+        ValueError: `x` does not hold numbers.
+    """
+    array = np.asarray(x)
+    if array.dtype.kind not in "biufc":
+        raise ValueError(f"normalize takes numbers, got an array of type {array.dtype}")
+    if array.dtype.kind in "biu":
+        array = array.astype(np.float64)
+    axis = np.lib.array_utils.normalize_axis_index(operator.index(axis), array.ndim)
+    if array.size == 0:
+        return array.copy()
+    # (rows, length, inner): the vectors lie along the middle axis.
+    vectors = array.reshape(math.prod(array.shape[:axis]), array.shape[axis], -1)
+    out = np.empty(vectors.shape, array.dtype)
+    step = max(1, BLOCK_ITEMS // (vectors.shape[1] * vectors.shape[2]))
+    for start in range(0, len(vectors), step):
+        block = vectors[start : start + step]
+        np.divide(block, _norms(block, order), out=out[start : start + step])
+    return out.reshape(array.shape)
+
+
+def _norms(block: NDArray[Any], order: float) -> NDArray[Any]:
+    """Return the norms along axis 1, `(rows, 1, inner)`, with ones for zeros."""
+    if order == 2 and block.dtype.kind == "f":
+        # (rows, length, inner) -> (rows, inner); one pass and no temporary, unlike linalg.norm.
+        norms = np.sqrt(np.einsum("rli,rli->ri", block, block))[:, None, :]
+    else:
+        norms = np.linalg.norm(block, ord=order, axis=1, keepdims=True)
+    norms[norms == 0] = 1
+    return cast(NDArray[Any], norms)
+
+
+def _whole_numbers(labels: NDArray[Any]) -> NDArray[Any]:
+    """Return `labels` as an integer array of the same shape."""
+    if labels.dtype.kind in "iub":
+        return labels.view(np.uint8) if labels.dtype.kind == "b" else labels
+    if labels.size == 0:
+        return labels.astype(np.intp)
+    if labels.dtype.kind != "f":
+        raise ValueError(f"labels are whole numbers, got an array of type {labels.dtype}: {_first(labels)}")
+    # 2**53: above it neighbouring whole numbers share one float64.
+    bad = ~((np.trunc(labels) == labels) & (np.abs(labels) <= 2.0**53))
+    if bad.any():
+        raise ValueError(f"labels are whole numbers, got {_at(labels, int(bad.argmax()))}")
+    return labels.astype(np.int64)
+
+
+def _class_count(flat: NDArray[Any], num_classes: SupportsIndex | None) -> int:
+    if num_classes is None:
+        if flat.size == 0:
+            raise ValueError("no labels: give num_classes, it cannot be found from an empty array")
+        return max(int(flat.max()) + 1, 0)
+    count = operator.index(num_classes)
+    if count < 0:
+        raise ValueError(f"num_classes is a count, got {count}")
+    return count
+
+
+def _check_range(flat: NDArray[Any], classes: int, shape: tuple[int, ...]) -> None:
+    if flat.size == 0 or (int(flat.min()) >= 0 and int(flat.max()) < classes):
+        return
+    bad = (flat < 0) | (flat >= classes)
+    place = _at(flat.reshape(shape), int(bad.argmax()))
+    raise ValueError(f"labels lie from 0 to {classes - 1} ({classes} classes), got {place}")
+
+
+def _at(labels: NDArray[Any], flat_index: int) -> str:
+    """Return `label 7 at index (2, 0)`."""
+    place = tuple(int(i) for i in np.unravel_index(flat_index, labels.shape))
+    where = "" if not place else f" at index {place[0] if len(place) == 1 else place}"
+    return f"label {labels[place].item()!r}{where}"
+
+
+def _first(labels: NDArray[Any]) -> str:
+    return _at(labels, 0) if labels.dtype.names is None else "a record"
+
+
+def _one_hot(flat: NDArray[Any], classes: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return the `(n, classes)` matrix; `flat` is known to be in range."""
+    if classes > flat.size or classes * classes * dtype.itemsize > TABLE_BYTES:
+        out = np.zeros((flat.size, classes), dtype)
+        out[np.arange(flat.size), flat] = dtype.type(1)
+        return out
+    # Copying rows of a small identity matrix writes each byte once; zeros and ones would touch every page twice.
+    table = np.eye(classes, dtype=dtype)
+    out = np.empty((flat.size, classes), dtype)
+    for start in range(0, flat.size, BLOCK_ITEMS):
+        block = slice(start, start + BLOCK_ITEMS)
+        # The mode is 'clip' because 'raise' makes numpy fill a second buffer first.
+        np.take(table, flat[block].astype(np.intp, copy=False), axis=0, out=out[block], mode="clip")
+    return out

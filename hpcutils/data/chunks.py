@@ -1,0 +1,194 @@
+"""HDF5 chunks as bytes: undo the filters, keep a bounded number of inflated chunks, inflate several at once.
+
+HDF5's own filter pipeline inflates one chunk at a time under one global lock, and turns the whole chunk back from its
+shuffled form even when one row of it is wanted. Here the library hands over the stored bytes, and the rest is done outside
+its lock: inflated by igzip when the package `isal` is installed (the extra `fast`), by zlib otherwise, and only the wanted
+rows are unshuffled.
+
+Memory: one cache a process, `CACHE`, of at most `CACHE_BYTES` (128 MiB) of inflated chunks for all datasets together. It
+is what makes batches smaller than a chunk, and shuffled ones, cheap. A chunk whose rows were all wanted is not kept.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpcutils.errors import DataError
+
+T = TypeVar("T")
+U = TypeVar("U")
+Bytes: TypeAlias = NDArray[np.uint8]
+
+CACHE_BYTES = 128 << 20
+MAX_THREADS = 8
+
+# Registered numbers of the filters that are undone here (H5Z_FILTER_DEFLATE, H5Z_FILTER_SHUFFLE in H5Zpublic.h).
+DEFLATE, SHUFFLE = 1, 2
+KNOWN_PIPELINES = {(), (DEFLATE,), (SHUFFLE,), (SHUFFLE, DEFLATE)}
+
+
+def _engines() -> list[Any]:
+    """Return the modules that inflate zlib streams, the fastest first."""
+    try:
+        return [importlib.import_module("isal.isal_zlib"), zlib]
+    except ImportError:
+        return [zlib]
+
+
+ENGINES = _engines()
+INFLATE_ERRORS = tuple({engine.error for engine in ENGINES})
+
+
+@dataclass(frozen=True)
+class Inflated:
+    """The bytes of one chunk; `shuffled` when all first bytes of the elements come first, then all second bytes, …"""
+
+    data: bytes
+    shuffled: bool
+
+
+def inflate(stored: bytes, size_bytes: int, engine: Any = ENGINES[0]) -> bytes:
+    """Inflate a zlib stream that must give exactly `size_bytes`; more is never made (a small file can claim a lot).
+
+    Raises:
+        DataError: The stream is damaged, or gives another number of bytes.
+    """
+    stream = engine.decompressobj()
+    try:
+        # One byte more than expected: enough to see that there is too much, and the check sum at the end is read.
+        data: bytes = stream.decompress(stored, size_bytes + 1)
+    except INFLATE_ERRORS as exc:
+        raise DataError(f"a compressed chunk of {len(stored)} bytes is damaged: {exc}") from exc
+    if len(data) != size_bytes or not stream.eof:
+        more = "more" if len(data) > size_bytes else f"{len(data)}{'' if stream.eof else ', then breaks off'}"
+        raise DataError(f"a compressed chunk should hold {size_bytes} bytes and holds {more}")
+    return data
+
+
+def undo_filters(stored: bytes, pipeline: tuple[int, ...], mask: int, size_bytes: int) -> Inflated:
+    """Undo the filters of one chunk, all but the last step of `SHUFFLE`, which `take_rows` does for the rows it takes.
+
+    Args:
+        stored: The bytes in the file.
+        pipeline: One of `KNOWN_PIPELINES`.
+        mask: Bit i is set when filter i was left out for this chunk (the writer found that it did not help).
+        size_bytes: Size of the chunk without filters.
+    """
+    applied = [code for position, code in enumerate(pipeline) if not mask >> position & 1]
+    data = inflate(stored, size_bytes) if DEFLATE in applied else stored
+    if len(data) != size_bytes:
+        raise DataError(f"a chunk should hold {size_bytes} bytes and holds {len(data)}")
+    return Inflated(data, SHUFFLE in applied)
+
+
+def take_rows(chunk: Inflated, shape: tuple[int, ...], dtype: np.dtype[Any], rows: slice | NDArray[np.intp]) -> NDArray[Any]:
+    """Return `rows` of a chunk of `shape`: `(len(rows), *shape[1:])`. May be a view of the chunk: copy before writing."""
+    if not chunk.shuffled or dtype.itemsize == 1:
+        return np.frombuffer(chunk.data, dtype).reshape(shape)[rows]
+    row_items = int(np.prod(shape[1:], dtype=np.int64))
+    # (itemsize, rows, row_items): plane b holds byte b of every element.
+    planes = np.frombuffer(chunk.data, np.uint8).reshape(dtype.itemsize, shape[0], row_items)[:, rows]
+    return unshuffle(planes.reshape(dtype.itemsize, -1)).view(dtype).reshape(-1, *shape[1:])
+
+
+def unshuffle(planes: Bytes) -> NDArray[Any]:
+    """Interleave byte planes `(itemsize, n)` into `n` elements of `itemsize` bytes; itemsize is 2, 4 or 8.
+
+    Neighbouring planes are joined two by two with shifts on whole words: numpy has no faster way to interleave bytes.
+    """
+    words: list[NDArray[Any]] = list(planes)
+    while len(words) > 1:
+        bits = 8 * words[0].dtype.itemsize
+        words = [_join(low, high, bits) for low, high in zip(words[::2], words[1::2], strict=True)]
+    return words[0]
+
+
+def _join(low: NDArray[Any], high: NDArray[Any], bits: int) -> NDArray[Any]:
+    # Little-endian whatever the machine: `low` must come first in memory.
+    joined = high.astype(f"<u{bits // 4}")
+    joined <<= bits
+    joined |= low
+    return joined
+
+
+class ChunkCache:
+    """The most recently used chunks, at most `limit_bytes` of them; used by all threads of one process.
+
+    A key is a tuple whose first element names the dataset, so that `drop` can forget all of it.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget everything; also what a forked child does, whose copy of the lock may be held by nobody."""
+        self._lock = threading.Lock()
+        self._items: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        self.used_bytes = 0
+
+    def get(self, key: tuple[Any, ...]) -> Any | None:
+        """Return what `put` stored, or `None`."""
+        with self._lock:
+            if key not in self._items:
+                return None
+            self._items.move_to_end(key)
+            return self._items[key][0]
+
+    def put(self, key: tuple[Any, ...], value: Any, size_bytes: int) -> None:
+        """Keep `value`; the least recently used make room. What is larger than the whole cache is not kept."""
+        with self._lock:
+            if size_bytes > self.limit_bytes or key in self._items:
+                return
+            self._items[key] = value, size_bytes
+            self.used_bytes += size_bytes
+            while self.used_bytes > self.limit_bytes:
+                self.used_bytes -= self._items.popitem(last=False)[1][1]
+
+    def drop(self, dataset: Any) -> None:
+        """Forget the chunks of one dataset."""
+        with self._lock:
+            for key in [key for key in self._items if key[0] == dataset]:
+                self.used_bytes -= self._items.pop(key)[1]
+
+
+class Workers:
+    """Threads that inflate chunks: as many as this process may use cores, made at first use, anew in a forked child."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget the threads: a forked child has none of its parent's."""
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    def map(self, call: Callable[[T], U], items: list[T]) -> Iterable[U]:
+        """Return `call(item)` for each item, in order; at once in this thread when there is only one or only one core."""
+        count = min(len(os.sched_getaffinity(0)), MAX_THREADS)
+        if len(items) < 2 or count < 2:
+            return map(call, items)
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(count, "hpcutils-inflate")
+        try:
+            return self._pool.map(call, items)
+        except RuntimeError:  # the interpreter is ending and takes no new work, while a thread of the user still reads
+            return map(call, items)
+
+
+CACHE = ChunkCache(CACHE_BYTES)
+WORKERS = Workers()
+os.register_at_fork(after_in_child=CACHE.renew)
+os.register_at_fork(after_in_child=WORKERS.renew)

@@ -1,0 +1,254 @@
+"""Three ways to read rows of an HDF5 dataset; `choose_reader` picks the fastest that the dataset allows.
+
+    ChunkReader       chunks with deflate and shuffle, or no filter: stored bytes from HDF5, filters undone in `chunks`
+    ContiguousReader  one plain block: slices by HDF5, scattered rows with `preadv`
+    LibraryReader     anything else (other filters, strings, compounds, virtual datasets): HDF5 itself, chunk by chunk
+
+All give a new array of the dataset's own dtype, rows in the order asked for, and visit each chunk once a request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import weakref
+from collections.abc import Iterator
+from typing import Any, Protocol, TypeAlias
+
+import h5py
+import numpy as np
+from h5py._objects import phil
+from numpy.typing import NDArray
+
+from hpcutils.data.chunks import CACHE, KNOWN_PIPELINES, SHUFFLE, WORKERS, Inflated, take_rows, undo_filters
+from hpcutils.data.keys import Group, Rows, group_rows, split_runs
+from hpcutils.errors import DataError
+
+# The array to fill, the rows of one chunk, and where that chunk starts along the axes after the first.
+Job: TypeAlias = tuple[NDArray[Any], Group, tuple[int, ...]]
+# Names one dataset in one state of one file, for the cache.
+Token: TypeAlias = tuple[int | str, ...]
+
+# What a dataset without chunks is read by when rows are scattered or shuffled.
+PIECE_BYTES = 1 << 20
+# A gap that is cheaper to read along than to start another read: one page.
+GAP_BYTES = 4096
+
+
+class Reader(Protocol):
+    """What `HDF5Matrix` asks of a dataset. `block_rows` are the rows that are cheapest read together."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    block_rows: int
+
+    def read(self, rows: Rows) -> NDArray[Any]:
+        """Return `(len(rows), *shape[1:])`; rows lie in range, in any order, and may repeat."""
+
+
+def choose_reader(file: h5py.File, dataset: h5py.Dataset, token: Token) -> Reader:
+    """Return the fastest reader that can read `dataset`."""
+    plist = dataset.id.get_create_plist()
+    filters = [plist.get_filter(i) for i in range(plist.get_nfilters())]
+    # A file that is also open for writing in this process may have rows that are not in the file yet.
+    if not _is_plain(dataset) or file.id.get_intent() != h5py.h5f.ACC_RDONLY:
+        return LibraryReader(dataset, token)
+    if dataset.chunks and tuple(code for code, *_ in filters) in KNOWN_PIPELINES and _shuffles_elements(filters, dataset):
+        return ChunkReader(dataset, tuple(code for code, *_ in filters), token)
+    offset = dataset.id.get_offset() if plist.get_layout() == h5py.h5d.CONTIGUOUS else None
+    if offset is not None and plist.get_external_count() == 0 and file.driver == "sec2":
+        return ContiguousReader(dataset, offset, file.id.get_vfd_handle())
+    return LibraryReader(dataset, token)
+
+
+def _is_plain(dataset: h5py.Dataset) -> bool:
+    """Tell whether the bytes in the file are the bytes of the array: numbers of a size and layout that numpy has, too."""
+    dtype = dataset.dtype
+    plain = dtype.kind in "iufb" and dtype.itemsize in (1, 2, 4, 8) and dtype.subdtype is None
+    return plain and bool(dataset.shape) and dataset.id.get_type().equal(h5py.h5t.py_create(dtype, logical=True))
+
+
+def _shuffles_elements(filters: list[Any], dataset: h5py.Dataset) -> bool:
+    return all(values[0] == dataset.dtype.itemsize for code, _, values, _ in filters if code == SHUFFLE)
+
+
+class ChunkReader:
+    """Reads a chunked dataset of plain numbers, unfiltered or with shuffle and deflate."""
+
+    def __init__(self, dataset: h5py.Dataset, pipeline: tuple[int, ...], token: Token) -> None:
+        self.shape, self.dtype = dataset.shape, dataset.dtype
+        self.block_rows = dataset.chunks[0]
+        self._dataset, self._pipeline, self._token = dataset, pipeline, token
+        self._chunks: tuple[int, ...] = dataset.chunks
+        self._size_bytes = int(np.prod(self._chunks, dtype=np.int64)) * self.dtype.itemsize
+        self._library = LibraryReader(dataset, token)
+
+    def read(self, rows: Rows) -> NDArray[Any]:
+        """Return the rows, each chunk fetched and inflated once."""
+        if not self._pipeline and isinstance(rows, range) and rows.step == 1:
+            return self._library.read(rows)  # nothing to undo: HDF5 reads straight into the array
+        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        if out.size == 0:
+            return out
+        # Where the chunks start along the axes after the first: one column when a chunk holds whole rows.
+        columns = list(itertools.product(*(range(0, n, c) for n, c in zip(self.shape[1:], self._chunks[1:], strict=True))))
+        jobs = [(out, group, column) for group in group_rows(rows, self.block_rows) for column in columns]
+        # Chunks in the cache take a few microseconds each: only the others are worth a thread.
+        for _ in WORKERS.map(self._place, [job for job in jobs if not self._place_cached(job)]):
+            pass
+        return out
+
+    def _place_cached(self, job: Job) -> bool:
+        """Put one chunk's rows in place if the cache has the chunk."""
+        chunk = CACHE.get((self._token, self._start(job)))
+        if chunk is not None:
+            self._copy(chunk, job)
+        return chunk is not None
+
+    def _place(self, job: Job) -> None:
+        """Fetch a chunk, put its wanted rows in place, and keep it when it has more rows than those."""
+        start = self._start(job)
+        try:
+            with phil:  # h5py before 3.16 forgets its own lock here (h5py#2764): two threads crash the process
+                mask, stored = self._dataset.id.read_direct_chunk(start)
+        except RuntimeError:
+            # A chunk that was never written has no bytes to give; HDF5 itself makes up its fill values, or explains.
+            self._copy(None, job)
+            return
+        with _at(self._dataset, start):
+            chunk = undo_filters(stored, self._pipeline, mask, self._size_bytes)
+        self._copy(chunk, job)
+        _, group, _ = job
+        rows = min(self.block_rows, self.shape[0] - start[0])
+        if group.local != slice(0, rows) if isinstance(group.local, slice) else True:
+            CACHE.put((self._token, start), chunk, self._size_bytes)
+
+    def _copy(self, chunk: Inflated | None, job: Job) -> None:
+        """Copy the wanted rows of one chunk to their places; `None` is a chunk that only HDF5 can make."""
+        out, group, column = job
+        sizes = [min(c, n - first) for first, n, c in zip(column, self.shape[1:], self._chunks[1:], strict=True)]
+        if chunk is not None:
+            # (wanted rows, *chunk columns); a chunk at the border reaches past the data.
+            rows = take_rows(chunk, self._chunks, self.dtype, group.local)[(slice(None), *map(slice, sizes))]
+        else:
+            bounds = [slice(first, first + size) for first, size in zip(column, sizes, strict=True)]
+            first_row = group.chunk * self.block_rows
+            last_row = min(first_row + self.block_rows, self.shape[0])
+            rows = library_read(self._dataset, (slice(first_row, last_row), *bounds))[group.local]
+        out[(group.place, *(slice(first, first + size) for first, size in zip(column, sizes, strict=True)))] = rows
+
+    def _start(self, job: Job) -> tuple[int, ...]:
+        _, group, column = job
+        return (group.chunk * self.block_rows, *column)
+
+
+class ContiguousReader:
+    """Reads a dataset that is one unfiltered block of plain numbers."""
+
+    def __init__(self, dataset: h5py.Dataset, offset_bytes: int, descriptor: int) -> None:
+        self.shape, self.dtype = dataset.shape, dataset.dtype
+        self._row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        self.block_rows = max(1, PIECE_BYTES // max(self._row_bytes, 1))
+        self._dataset, self._offset_bytes = dataset, offset_bytes
+        # A descriptor of our own: the file may be closed, and its number given to another file, while a thread reads.
+        self._descriptor = os.dup(descriptor)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read(self, rows: Rows) -> NDArray[Any]:
+        """Return the rows: one read for a slice, one for each run of neighbours otherwise."""
+        if isinstance(rows, range) and rows.step == 1:
+            return library_read(self._dataset, slice(rows.start, rows.stop))
+        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        if out.size == 0:
+            return out
+        wanted = np.asarray(rows, np.intp)
+        order = np.argsort(wanted, kind="stable")
+        ordered = wanted[order]
+        flat = out.view(np.uint8).reshape(len(wanted), self._row_bytes)  # (rows, row_bytes), the memory of `out`
+        for low, high in split_runs(ordered, GAP_BYTES // self._row_bytes, self.block_rows):
+            first, last = int(ordered[low]), int(ordered[high - 1])
+            if high - low == 1:
+                self._fill(flat[order[low]], first)
+                continue
+            piece = np.empty((last + 1 - first, self._row_bytes), np.uint8)
+            self._fill(piece, first)
+            flat[order[low:high]] = piece[ordered[low:high] - first]
+        return out
+
+    def _fill(self, memory: NDArray[np.uint8], first_row: int) -> None:
+        """Fill `memory` with the rows from `first_row` on."""
+        place = self._offset_bytes + first_row * self._row_bytes
+        view = memory.reshape(-1).data
+        while view:
+            got = os.preadv(self._descriptor, [view], place)
+            if got == 0:
+                raise DataError(f"{_name(self._dataset)}: the file ends before row {first_row}", "it was cut short: copy it again")
+            view, place = view[got:], place + got
+
+
+class LibraryReader:
+    """Reads any dataset through h5py, whole chunks at a time where rows are scattered."""
+
+    def __init__(self, dataset: h5py.Dataset, token: Token) -> None:
+        empty = library_read(dataset, slice(0, 0))
+        # Array types put their axes behind the dataset's own: only a read tells.
+        self.shape, self.dtype = (dataset.shape[0], *empty.shape[1:]), empty.dtype
+        self._dataset, self._token = dataset, token
+        self._row_bytes = max(1, int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize)
+        self.block_rows = dataset.chunks[0] if dataset.chunks else max(1, PIECE_BYTES // self._row_bytes)
+        self._keeps = bool(dataset.chunks) and not self.dtype.hasobject
+
+    def read(self, rows: Rows) -> NDArray[Any]:
+        """Return the rows; for scattered ones each chunk is read once, unless it is too large to hold."""
+        if isinstance(rows, range) and rows.step == 1:
+            return library_read(self._dataset, slice(rows.start, rows.stop))
+        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        for group in group_rows(rows, self.block_rows):
+            self._place(out, group)
+        return out
+
+    def _place(self, out: NDArray[Any], group: Group) -> None:
+        first = group.chunk * self.block_rows
+        stop = min(first + self.block_rows, self.shape[0])
+        if (stop - first) * self._row_bytes > CACHE.limit_bytes // 8:
+            self._place_runs(out, group, first)
+            return
+        block = CACHE.get((self._token, first))
+        if block is None:
+            block = library_read(self._dataset, slice(first, stop))
+            if self._keeps:
+                CACHE.put((self._token, first), block, block.nbytes)
+        out[group.place] = block[group.local]
+
+    def _place_runs(self, out: NDArray[Any], group: Group, first: int) -> None:
+        """Read only the wanted rows of a chunk that is too large to hold."""
+        local = np.arange(self.block_rows)[group.local] if isinstance(group.local, slice) else group.local
+        places = np.arange(len(out))[group.place] if isinstance(group.place, slice) else group.place
+        max_rows = max(1, CACHE.limit_bytes // 8 // self._row_bytes)
+        for low, high in split_runs(local, 0, max_rows):
+            start, stop = int(local[low]), int(local[high - 1]) + 1
+            block = library_read(self._dataset, slice(first + start, first + stop))
+            out[places[low:high]] = block[local[low:high] - start]
+
+
+def library_read(dataset: h5py.Dataset, key: Any) -> NDArray[Any]:
+    """Return `dataset[key]`, with HDF5's complaint as a `DataError`."""
+    try:
+        with phil:  # strings of variable length crash without it when two threads read (h5py#2920)
+            return np.asarray(dataset[key])
+    except (OSError, RuntimeError) as exc:
+        raise DataError(f"{_name(dataset)}: cannot be read: {exc}", "the file is damaged, or a filter is missing") from exc
+
+
+@contextlib.contextmanager
+def _at(dataset: h5py.Dataset, start: tuple[int, ...]) -> Iterator[None]:
+    """Say where in which file a damaged chunk is."""
+    try:
+        yield
+    except DataError as exc:
+        raise DataError(f"{_name(dataset)}, chunk at {start}: {exc.message}", "copy the file again, or write it anew") from exc
+
+
+def _name(dataset: h5py.Dataset) -> str:
+    return f"{dataset.file.filename}, dataset {dataset.name}"

@@ -1,0 +1,50 @@
+"""The base of an image: Debian, bootstrapped from its packages as an ordinary user. Pure: argument lists only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hpcutils.specs.recipe import Base
+
+# What an image says about where packages come from: the distribution's own public names, whatever the builder used.
+PUBLIC_SOURCES = (
+    "deb http://deb.debian.org/debian {suite} main",
+    "deb http://deb.debian.org/debian {suite}-updates main",
+    "deb http://deb.debian.org/debian-security {suite}-security main",
+)
+# Manuals and translations; licences stay.
+LEFT_OUT = ("/usr/share/man/*", "/usr/share/info/*", "/usr/share/locale/*", "/usr/share/doc/*")
+KEPT = ("/usr/share/doc/*/copyright",)
+
+
+def public_sources(suite: str) -> str:
+    """Return the text of the image's own /etc/apt/sources.list."""
+    return "".join(line.format(suite=suite) + "\n" for line in PUBLIC_SOURCES)
+
+
+def bootstrap_options(base: Base) -> tuple[str, ...]:
+    """Return mmdebstrap's options: all that decides what is in the base."""
+    lines = " ".join(f"'{line}'" for line in public_sources(base.suite).splitlines())
+    return (
+        "--variant=minbase",
+        f"--include={','.join(base.packages)}",
+        *(f"--dpkgopt=path-exclude={pattern}" for pattern in LEFT_OUT),
+        *(f"--dpkgopt=path-include={pattern}" for pattern in KEPT),
+        # mmdebstrap leaves the builder's mirrors, name and resolver inside; dpkg's logs tell the hour.
+        '--customize-hook=rm -f "$1"/etc/apt/sources.list.d/* "$1"/var/log/*.log "$1"/var/log/apt/*',
+        f'--customize-hook=printf "%s\\n" {lines} > "$1/etc/apt/sources.list"',
+        '--customize-hook=for file in hostname resolv.conf; do : > "$1/etc/$file"; chmod 644 "$1/etc/$file"; done',
+    )
+
+
+def bootstrap_argv(base: Base, sources: Path, archive: Path) -> list[str]:
+    """Return the command that makes the base's archive from what `sources` (a sources.list) offers.
+
+    Run it with `bootstrap_environment`: equal packages then give equal bytes.
+    """
+    return ["mmdebstrap", "--mode=unshare", "--format=tar", *bootstrap_options(base), base.suite, str(archive), str(sources)]
+
+
+def bootstrap_environment(base: Base, temporary: Path) -> dict[str, str]:
+    """Return the variables that mmdebstrap needs beside a plain environment."""
+    return {"SOURCE_DATE_EPOCH": str(base.epoch), "TMPDIR": str(temporary)}

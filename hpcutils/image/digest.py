@@ -1,0 +1,88 @@
+"""What an image is: one digest over all that decides its content. Pure, the same for every builder.
+
+Who builds, where, when, and what the files are called does not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+
+from hpcutils.image.base import bootstrap_options
+from hpcutils.image.code import CodeFile
+from hpcutils.image.render import definition, dockerfile
+from hpcutils.specs.recipe import Base, Recipe, RecipeFiles, locked
+
+# Part of every digest: raise it when images are put together in another way, so that old ones count as old.
+LAYOUT = 1
+
+# Names of files beside the recipe. Their contents count, under fixed names.
+FILE_NAMES = {"python": {"lock"}, "compile": {"lock", "tools_lock"}, "self_test": {"script"}, "files": {"__all__": {"source"}}}
+
+
+def digest_of(parts: Mapping[str, str | bytes]) -> str:
+    """Return the sha256 over named parts; neither their order nor where one ends and the next begins is left open."""
+    state = hashlib.sha256()
+    for name in sorted(parts):
+        content = parts[name]
+        raw = content.encode() if isinstance(content, str) else content
+        state.update(f"{name}\0{len(raw)}\0".encode() + raw)
+    return state.hexdigest()
+
+
+def canonical(recipe: Recipe) -> str:
+    """Return the recipe as JSON with sorted keys and without file names."""
+    return json.dumps(recipe.model_dump(mode="json", exclude=FILE_NAMES), sort_keys=True, ensure_ascii=False)  # type: ignore[arg-type]
+
+
+def base_digest(base: Base) -> str:
+    """Return the digest of what is asked for in the base; the archive's own sha256 is in its sidecar."""
+    return digest_of({"layout": str(LAYOUT), "options": json.dumps(bootstrap_options(base)), "sha256": base.sha256 or ""})
+
+
+def wheels_digest(files: RecipeFiles) -> str:
+    """Return the digest of all that compiled wheels depend on.
+
+    A wheel of Horovod compiled against another TensorFlow loads and then crashes: it must never be taken for this one.
+    """
+    recipe, lock = files.recipe, locked(files.lock)
+    against = sorted({name for package in recipe.compile.packages for name in package.built_against})
+    return digest_of(
+        {
+            "base": base_digest(recipe.base),
+            "python": recipe.python.version,
+            "compile": recipe.compile.model_dump_json(exclude=FILE_NAMES["compile"]),  # type: ignore[arg-type]
+            "locks": files.compile_lock + files.tools_lock,
+            "against": "".join(lock.get(name, f"{name} is not in the lock\n") for name in against),
+        }
+    )
+
+
+def environment_digest(files: RecipeFiles) -> str:
+    """Return the digest of everything in the image but hpcutils' own code."""
+    pairs = zip(files.recipe.files, files.copied, strict=True)
+    copied = {f"file {file.target} {file.mode}": content for file, content in pairs}
+    return digest_of(
+        {
+            "base": base_digest(files.recipe.base),
+            "recipe": canonical(files.recipe),
+            "definition": definition(files.recipe),
+            "dockerfile": dockerfile(files.recipe),
+            "lock": files.lock,
+            "compile lock": files.compile_lock,
+            "tools lock": files.tools_lock,
+            **copied,
+        }
+    )
+
+
+def code_digest(code: Iterable[CodeFile]) -> str:
+    """Return the digest of hpcutils' own code: names, contents, and which files may be executed."""
+    return digest_of({f"{file.name} {'755' if file.executable else '644'}": file.content for file in code})
+
+
+def image_digest(files: RecipeFiles, code: Sequence[CodeFile]) -> str:
+    """Return the digest of the whole image, and of the test that it passed."""
+    parts = {"environment": environment_digest(files), "code": code_digest(code), "self-test": files.self_test}
+    return digest_of(parts)

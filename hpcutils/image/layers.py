@@ -1,0 +1,182 @@
+"""Making the layers of an image: the base, the environment, the code on top. What is made is decided in build.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpcutils.errors import ImageError
+from hpcutils.fs import publishing, write_text
+from hpcutils.hashing import digest_file
+from hpcutils.image.base import bootstrap_argv, bootstrap_environment
+from hpcutils.image.code import DATE_S, CodeFile, settle_dates, write_code
+from hpcutils.image.exec_line import bind, exec_argv
+from hpcutils.image.machine import Machine, apt_entries, build_files, debian_entries, sources_list, without_addresses
+from hpcutils.image.render import PYTHON, SOURCE, definition
+from hpcutils.image.sif import append_folder
+from hpcutils.log import LOGGER
+from hpcutils.shell import run, stream
+from hpcutils.specs.recipe import Base, RecipeFiles, locked
+
+# Packs three times faster than gzip and starts programs sooner; every squashfs of the last eight years reads it.
+MKSQUASHFS_ARGUMENTS = "-comp zstd -Xcompression-level 3"
+# Variables of a caller that sits in a job, or in a container of its own, say nothing about the build.
+FOREIGN_PREFIXES = ("APPTAINER", "SINGULARITY", "SLURM_", "PMI", "OMPI_", "PYTHON", "LD_")
+SELF_TEST_S = 300.0
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What every layer is made with.
+
+    Args:
+        builder: Apptainer.
+        folder: The build's temporary folder.
+        machine: How this machine reaches package servers.
+    """
+
+    builder: str
+    folder: Path
+    machine: Machine
+
+
+def plain_environment(**extra: str) -> dict[str, str]:
+    """Return the caller's environment without what would lead a build or a test astray, and with `extra`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN_PREFIXES)}
+    # mmdebstrap and mkfs tools live where an ordinary user's PATH may not look.
+    return {**kept, "PATH": f"{kept.get('PATH', os.defpath)}:/usr/sbin:/sbin", **extra}
+
+
+def make_base(base: Base, archive: Path, bench: Workbench) -> None:
+    """Bootstrap the distribution into `archive` (a tar), with its sha256 beside it.
+
+    Raises:
+        ImageError: The bootstrap failed, or made something else than the recipe says.
+        MissingPartError: There is no mmdebstrap.
+    """
+    sources, temporary = bench.folder / "sources.list", bench.folder / "bootstrap"
+    entries = debian_entries(apt_entries(bench.machine.etc / "apt"), base.suite)
+    _write_private(sources, sources_list(entries, base.suite, {}))
+    # mmdebstrap's root user is another user out here: it must be able to pass.
+    temporary.mkdir(mode=0o755)
+    with publishing(archive) as target:
+        argv = bootstrap_argv(base, sources, target)
+        environment = plain_environment(**bootstrap_environment(base, temporary))
+        stream(argv, LOGGER.debug, env=environment, error=ImageError, shown=without_addresses)
+        found = digest_file(target)
+        if base.sha256 not in (None, found):
+            raise ImageError(f"the base has sha256 {found}, the recipe says {base.sha256}", "the distribution has moved on")
+    write_text(archive.with_suffix(".json"), json.dumps({"sha256": found}) + "\n")
+
+
+def make_environment(files: RecipeFiles, archive: Path, wheels: Path, result: Path, bench: Workbench) -> None:
+    """Build the SIF that has everything but hpcutils' own code.
+
+    Args:
+        files: The recipe.
+        archive: The base.
+        wheels: Folder of compiled wheels: used when it is there, made when it is not.
+        result: Where the SIF goes.
+        bench: What it is made with.
+
+    Raises:
+        ImageError: The build failed; its last lines are in the message.
+    """
+    work = bench.folder
+    binds = _fill_build_folder(files, work, wheels, bench.machine)
+    (work / "base.tar").symlink_to(archive)
+    (work / "environment.def").write_text(definition(files.recipe), encoding="utf-8")
+    (work / "apptainer").mkdir()
+    environment = plain_environment(APPTAINER_TMPDIR=str(work / "apptainer"), APPTAINER_CACHEDIR=str(work / "apptainer/cache"))
+    try:
+        with publishing(result, suffix=".sif") as target:
+            words = [word for path in binds for word in ("--bind", path)]
+            argv = [bench.builder, "build", "--mksquashfs-args", MKSQUASHFS_ARGUMENTS, *words, str(target), "environment.def"]
+            stream(argv, _show, env=environment, cwd=work, error=ImageError, shown=without_addresses)
+    finally:
+        _keep_wheels(work / "mnt/wheels", wheels)
+
+
+def make_image(code: tuple[CodeFile, ...], environment: Path, result: Path, bench: Workbench) -> None:
+    """Write `result`: the environment's SIF with hpcutils' own code added, compiled for the image's Python."""
+    top = bench.folder / "top"
+    folder = top / SOURCE.strip("/")
+    write_code(code, folder)
+    # Nobody can write a .pyc in the image later. They go by content, as the dates are settled below.
+    compiling = [PYTHON, "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", SOURCE]
+    argv = exec_argv(environment, [bind(folder, SOURCE)], program=bench.builder)
+    run([*argv, *compiling], env=plain_environment(), error=ImageError)
+    settle_dates(top)
+    append_folder(bench.builder, environment, top, result, bench.folder, DATE_S)
+
+
+def self_test(image: Path, script: str, builder: str) -> dict[str, Any]:
+    """Run a self-test inside an image and return what it printed.
+
+    Raises:
+        ImageError: A check failed, or the test itself did.
+    """
+    argv = [*exec_argv(image, program=builder), PYTHON, "-"]
+    done = run(argv, input=script, env=plain_environment(), timeout_s=SELF_TEST_S, error=ImageError)
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    failed = [f"  {check['check']}: {check['seen']}" for check in report["checks"] if not check["ok"]]
+    if failed:
+        raise ImageError("\n".join(["the image was built, but its self-test failed:", *failed]))
+    return report
+
+
+def versions(builder: str) -> dict[str, str]:
+    """Return the versions of the tools that build."""
+    tools: Mapping[str, list[str]] = {
+        "apptainer": [builder, "version"],
+        "mksquashfs": ["mksquashfs", "-version"],
+        "mmdebstrap": ["mmdebstrap", "--version"],
+    }
+    lines = {name: run(argv, check=False).stdout.splitlines() for name, argv in tools.items()}
+    return {name: output[0] if output else "unknown" for name, output in lines.items()}
+
+
+def _fill_build_folder(files: RecipeFiles, work: Path, wheels: Path, machine: Machine) -> list[str]:
+    """Write what the build sees as `/mnt` and return the binds that show it."""
+    folder = work / "mnt"
+    settings = build_files(machine, files.recipe.base.suite)
+    locks = {"packages": files.lock, "tools": files.tools_lock}
+    locks |= {f"compile-{name}": entry for name, entry in locked(files.compile_lock).items()}
+    (folder / "locks").mkdir(parents=True)
+    for name, text in {**settings.texts, **{f"locks/{name}.txt": text for name, text in locks.items()}}.items():
+        _write_private(folder / name, text)
+    for name, source in settings.copies.items():
+        shutil.copyfile(source, folder / name)
+    if wheels.is_dir():
+        shutil.copytree(wheels, folder / "wheels")
+    (work / "files").mkdir()
+    for i, content in enumerate(files.copied):
+        (work / "files" / str(i)).write_bytes(content)
+    for inside in settings.binds.values():
+        (folder / inside.removeprefix("/mnt/")).mkdir(parents=True)
+    return [bind(folder, "/mnt"), *(bind(source, inside, read_only=True) for source, inside in settings.binds.items())]
+
+
+def _keep_wheels(made: Path, wheels: Path) -> None:
+    """Give freshly compiled wheels their place, also when a later step failed: they take longest."""
+    if wheels.is_dir() or not (made / ".complete").exists():
+        return
+    with publishing(wheels) as temporary:
+        shutil.copytree(made, temporary)
+
+
+def _write_private(path: Path, text: str) -> None:
+    path.touch(mode=0o600)
+    path.write_text(text, encoding="utf-8")
+
+
+def _show(line: str) -> None:
+    if line.startswith("step: "):
+        LOGGER.info(f"  {line.removeprefix('step: ')}")
+    else:
+        LOGGER.debug(without_addresses(line))

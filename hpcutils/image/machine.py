@@ -1,0 +1,215 @@
+"""How the machine that builds reaches its package servers: mirrors, indexes, proxies, certificates.
+
+They are handed to the build in a folder that it sees as `/mnt`, and are no part of the image.
+"""
+
+from __future__ import annotations
+
+import configparser
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hpcutils.image.base import public_sources
+
+# pip's settings that say where from and how; any other (targets, constraints, user installs) is not for an image.
+PIP_KEYS = (
+    *("index-url", "extra-index-url", "find-links", "no-index", "trusted-host", "proxy"),
+    *("timeout", "default-timeout", "retries"),
+)
+PIP_SECTIONS = ("global", "download", "wheel", "install")
+PROXY_VARIABLES = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
+CERTIFICATE_VARIABLES = ("PIP_CERT", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "CURL_CA_BUNDLE")
+CERTIFICATE_FILES = ("ssl/certs/ca-certificates.crt", "pki/tls/certs/ca-bundle.crt")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the settings are read from.
+
+    Args:
+        environ: Environment of the caller.
+        home: The caller's home.
+        etc: The system's configuration.
+    """
+
+    environ: Mapping[str, str]
+    home: Path
+    etc: Path = Path("/etc")
+
+
+@dataclass(frozen=True)
+class AptEntry:
+    """One line of apt's sources: packages of one vendor and suite."""
+
+    address: str
+    suite: str
+    components: tuple[str, ...]
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class BuildFiles:
+    """What the folder `/mnt` of a build gets.
+
+    Args:
+        texts: File name → text; not for other users' eyes, as an address may have a password in it.
+        copies: File name → file of this machine.
+        binds: Folder of this machine → where the build sees it.
+    """
+
+    texts: dict[str, str]
+    copies: dict[str, Path] = field(default_factory=dict)
+    binds: dict[Path, str] = field(default_factory=dict)
+
+
+def build_files(machine: Machine, suite: str) -> BuildFiles:
+    """Return the settings that a build for `suite` needs on this machine."""
+    certificates = _certificates(machine)
+    copies = {} if certificates is None else {"ca.crt": certificates}
+    entries = debian_entries(apt_entries(machine.etc / "apt"), suite)
+    keys = sorted({entry.key for entry in entries if entry.key.startswith("/")})
+    renamed = {key: f"/mnt/keyring-{i}{Path(key).suffix}" for i, key in enumerate(keys)}
+    copies |= {Path(renamed[key]).name: Path(key) for key in keys}
+    settings, binds = _without_local_folders(pip_settings(machine))
+    if certificates is not None:
+        settings["cert"] = "/mnt/ca.crt"
+    texts = {
+        "sources.list": sources_list(entries, suite, renamed),
+        "apt.conf": _apt_conf(certificates is not None),
+        "pip.conf": "[global]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items()),
+        "settings.sh": _shell_settings(machine.environ),
+    }
+    return BuildFiles(texts, copies, binds)
+
+
+def apt_entries(folder: Path) -> list[AptEntry]:
+    """Return what apt's sources name, from deb822 files (*.sources) and one-line files (*.list)."""
+    parts = folder / "sources.list.d"
+    lines = [folder / "sources.list", *sorted(parts.glob("*.list"))]
+    entries = [entry for path in sorted(parts.glob("*.sources")) for entry in _deb822(_text(path))]
+    return entries + [entry for path in lines for entry in _one_line(_text(path))]
+
+
+def debian_entries(entries: Iterable[AptEntry], suite: str) -> list[AptEntry]:
+    """Return the entries that are Debian's own for `suite`: the release, its updates and its security fixes."""
+    suites = {suite, f"{suite}-updates", f"{suite}-security"}
+    return [
+        entry
+        for entry in entries
+        if entry.suite in suites and "main" in entry.components and (not entry.key or "debian-archive" in entry.key)
+    ]
+
+
+def sources_list(entries: Iterable[AptEntry], suite: str, renamed: Mapping[str, str]) -> str:
+    """Return a sources.list of `entries`, with each key under its new name; Debian's public addresses when there are none."""
+    lines = []
+    for entry in entries:
+        key = f"[signed-by={renamed.get(entry.key, entry.key)}] " if entry.key else ""
+        lines.append(f"deb {key}{entry.address} {entry.suite} main\n")
+    return "".join(dict.fromkeys(lines)) or public_sources(suite)
+
+
+def pip_settings(machine: Machine) -> dict[str, str]:
+    """Return how pip reaches its index here, from its configuration files and its variables; later ones win."""
+    files = [machine.etc / "pip.conf", machine.home / ".pip/pip.conf", machine.home / ".config/pip/pip.conf"]
+    if machine.environ.get("PIP_CONFIG_FILE"):
+        files.append(Path(machine.environ["PIP_CONFIG_FILE"]))
+    merged: dict[str, str] = {}
+    for path in files:
+        parser = configparser.RawConfigParser()
+        parser.read_string(_text(path))
+        for section in (name for name in PIP_SECTIONS if parser.has_section(name)):
+            merged |= {key.replace("_", "-"): value for key, value in parser.items(section)}
+    merged |= {name[4:].lower().replace("_", "-"): value for name, value in machine.environ.items() if name.startswith("PIP_")}
+    # A setting may have several lines; pip reads words.
+    return {key: " ".join(merged[key].split()) for key in PIP_KEYS if key in merged}
+
+
+def without_addresses(line: str) -> str:
+    """Return a line of a build's output with each server's address left out."""
+    return re.sub(r"\b[a-z+]+://[^\s'\"]+", "<address>", line)
+
+
+def _without_local_folders(settings: Mapping[str, str]) -> tuple[dict[str, str], dict[Path, str]]:
+    """Replace folders of this machine (a wheelhouse, a file:// index) by the places where the build will see them."""
+    binds: dict[Path, str] = {}
+    result = {}
+    for key, value in settings.items():
+        words = []
+        for word in value.split():
+            folder = Path(word.removeprefix("file://"))
+            if not folder.is_absolute():
+                words.append(word)
+            elif folder.is_dir():
+                inside = binds.setdefault(folder, f"/mnt/local/{len(binds)}")
+                words.append(word.replace(str(folder), inside, 1))
+        if words:
+            result[key] = " ".join(words)
+    return result, binds
+
+
+def _deb822(text: str) -> list[AptEntry]:
+    entries = []
+    plain = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    for stanza in re.split(r"\n\s*\n", plain):
+        pairs = re.findall(r"^([\w-]+):((?:.*(?:\n[ \t].*)*))", stanza, re.MULTILINE)
+        fields = {key.lower(): value.strip() for key, value in pairs}
+        if "deb" not in fields.get("types", "").split() or fields.get("enabled", "yes").lower() == "no":
+            continue
+        for address in fields.get("uris", "").split():
+            for suite in fields.get("suites", "").split():
+                components = tuple(fields.get("components", "").split())
+                entries.append(AptEntry(address, suite, components, fields.get("signed-by", "")))
+    return entries
+
+
+def _one_line(text: str) -> list[AptEntry]:
+    entries = []
+    for line in text.splitlines():
+        match = re.match(r"deb\s+(?:\[([^\]]*)\]\s*)?(\S+)\s+(\S+)\s*([^#]*)", line.strip())
+        if match is not None:
+            key = re.search(r"signed-by=(\S+)", match[1] or "")
+            entries.append(AptEntry(match[2], match[3], tuple(match[4].split()), key[1] if key else ""))
+    return entries
+
+
+def _apt_conf(has_certificates: bool) -> str:
+    lines = [
+        'Dir::Etc::SourceList "/mnt/sources.list";',
+        'Dir::Etc::SourceParts "/dev/null";',
+        # The folder is ours alone; apt's own unprivileged user could not read it.
+        'APT::Sandbox::User "root";',
+        'Dpkg::Use-Pty "0";',
+    ]
+    if has_certificates:
+        lines.append('Acquire::https::CAInfo "/mnt/ca.crt";')
+    return "\n".join(lines) + "\n"
+
+
+def _shell_settings(environ: Mapping[str, str]) -> str:
+    proxies = {name: environ[name] for lower in PROXY_VARIABLES for name in (lower, lower.upper()) if environ.get(name)}
+    variables = {
+        "APT_CONFIG": "/mnt/apt.conf",
+        "PIP_CONFIG_FILE": "/mnt/pip.conf",
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_PROGRESS_BAR": "off",
+        "PIP_ROOT_USER_ACTION": "ignore",
+        **proxies,
+    }
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
+
+
+def _certificates(machine: Machine) -> Path | None:
+    named = [Path(machine.environ[name]) for name in CERTIFICATE_VARIABLES if machine.environ.get(name)]
+    return next((path for path in [*named, *(machine.etc / name for name in CERTIFICATE_FILES)] if path.is_file()), None)
+
+
+def _text(path: Path) -> str:
+    """Return a file's text; one that is not there, or not for us, says nothing."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,136 @@
+"""What `hpcutils build` has to make. Reads the recipe, the code and the names of files that are there; starts nothing.
+
+An image has three layers, from the one that changes least to the one that changes most; each is kept under the digest of what
+went into it, and made only when it is not there:
+
+    base          Debian, bootstrapped from its packages           a tar in the cache
+    environment   system and Python packages, compiled ones too    a SIF in the cache
+    code          hpcutils itself                                  appended: the finished SIF, in the images' folder
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hpcutils
+from hpcutils.errors import SpecError
+from hpcutils.image.code import CodeFile, code_files
+from hpcutils.image.digest import base_digest, environment_digest, image_digest, wheels_digest
+from hpcutils.image.find import cache_folder, images_folder, read_sidecar
+from hpcutils.image.render import definition, dockerfile
+from hpcutils.specs.recipe import RecipeFiles, read_recipe
+
+LAYERS = ("base", "environment", "code")
+# Digits of a digest that are part of a file's name.
+SHORT = 12
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What a build would do.
+
+    Args:
+        files: The recipe and the contents of all that it names.
+        code: hpcutils' own code.
+        digest: Digest of all that goes in.
+        base: Where the base is, or will be.
+        wheels: Where the compiled wheels are, or will be.
+        environment: Where the environment's SIF is, or will be.
+        image: Where the finished image is, or will be.
+        link: The name that leads to it.
+        force: Whether every layer is made, also one that is there.
+    """
+
+    files: RecipeFiles
+    code: tuple[CodeFile, ...]
+    digest: str
+    base: Path
+    wheels: Path
+    environment: Path
+    image: Path
+    link: Path
+    force: bool = False
+
+    def to_make(self) -> tuple[str, ...]:
+        """Return the layers to make, first to last, as the disk is now; empty when the image is up to date."""
+        if self.force:
+            return LAYERS
+        if self._is_there():
+            return ()
+        # A layer that nothing asks for is not missed.
+        first = "code" if self.environment.is_file() else "environment" if self.base.is_file() else "base"
+        return LAYERS[LAYERS.index(first) :]
+
+    def _is_there(self) -> bool:
+        sidecar = read_sidecar(self.image)
+        whole = self.image.is_file() and sidecar.get("size_bytes") == self.image.stat().st_size
+        return whole and sidecar.get("digest") == self.digest
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data."""
+        paths = {name: str(getattr(self, name)) for name in ("base", "wheels", "environment", "image", "link")}
+        return {"name": self.files.recipe.name, "digest": self.digest, "to_make": list(self.to_make()), **paths}
+
+    def describe(self) -> str:
+        """Return the plan for a person: layers, files, and the definition."""
+        rows = [("base", self.base), ("wheels", self.wheels), ("environment", self.environment), ("code", self.image)]
+        to_make = self.to_make()
+        pending = {*to_make, *(["wheels"] if "environment" in to_make and not self.wheels.is_dir() else [])}
+        lines = [f"# image {self.files.recipe.name}, digest {self.digest}"]
+        lines += [f"# {name:<12} {'to make' if name in pending else 'there':<8} {path}" for name, path in rows]
+        return "\n".join([*lines, "", self.definition()])
+
+    def definition(self) -> str:
+        """Return the Apptainer definition of the environment."""
+        return definition(self.files.recipe)
+
+    def dockerfile(self) -> str:
+        """Return the Dockerfile of the same steps."""
+        return dockerfile(self.files.recipe)
+
+
+def find_recipe(name: str, environ: Mapping[str, str] | None = None) -> Path:
+    """Return the recipe's file: a path when `name` ends in `.toml`, else `recipes/NAME.toml` in the containers' folder.
+
+    That folder is $HPCUTILS_CONTAINERS, or `containers` beside the package (in a checkout) or in the working folder.
+    """
+    if name.endswith(".toml"):
+        return Path(name)
+    variables = os.environ if environ is None else environ
+    roots = [Path(variables["HPCUTILS_CONTAINERS"])] if variables.get("HPCUTILS_CONTAINERS") else []
+    roots += [Path(hpcutils.__file__).parents[1] / "containers", Path("containers")]
+    found = next((path for root in roots if (path := root / "recipes" / f"{name}.toml").is_file()), None)
+    if found is not None:
+        return found
+    known = sorted({path.stem for root in roots for path in root.glob("recipes/*.toml")})
+    hint = f"known recipes: {', '.join(known)}" if known else "set HPCUTILS_CONTAINERS to a checkout's containers folder"
+    raise SpecError(f"no recipe is called {name!r}", hint)
+
+
+def plan_build(name: str, *, force: bool = False, package: Path | None = None) -> BuildPlan:
+    """Return what building `name` would do. Reads the recipe, its files and hpcutils' code; starts nothing.
+
+    Args:
+        name: A recipe's name, or the path of its file.
+        force: Make every layer again, though it is there.
+        package: Folder of the hpcutils package that goes in; the running one when left out.
+    """
+    files = read_recipe(find_recipe(name))
+    code = code_files(package)
+    cache, images, recipe = cache_folder(), images_folder(), files.recipe
+    digest = image_digest(files, code)
+    return BuildPlan(
+        files=files,
+        code=code,
+        digest=digest,
+        base=cache / f"bases/debian-{recipe.base.suite}-{base_digest(recipe.base)[:SHORT]}.tar",
+        wheels=cache / f"wheels/{wheels_digest(files)[:SHORT]}",
+        environment=cache / f"layers/{recipe.name}-{environment_digest(files)[:SHORT]}.sif",
+        image=images / f"{recipe.name}-{digest[:SHORT]}.sif",
+        link=images / f"{recipe.name}.sif",
+        force=force,
+    )

@@ -1,0 +1,100 @@
+"""A temporary folder for one build that is gone afterwards, however the build ended."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from hpcutils.errors import ImageError
+from hpcutils.log import LOGGER
+from hpcutils.shell import run
+
+PREFIX = "hpcutils-build-"
+# A build unpacks the base twice and the environment once, and packs the result.
+NEEDED_BYTES = 6 << 30
+
+
+@contextlib.contextmanager
+def workspace() -> Iterator[Path]:
+    """Yield an empty folder of this build; remove it afterwards, and those of builds that were killed.
+
+    Raises:
+        ImageError: There is too little space.
+    """
+    root = Path(tempfile.gettempdir())
+    for folder in root.glob(f"{PREFIX}{os.getuid()}-*"):
+        _remove_if_abandoned(folder)
+    free_bytes = shutil.disk_usage(root).free
+    if free_bytes < NEEDED_BYTES:
+        raise ImageError(
+            f"{root}: {free_bytes / 2**30:.1f} GiB free, a build needs {NEEDED_BYTES / 2**30:.0f}",
+            "set TMPDIR to a folder on a roomier local disk",
+        )
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getuid()}-", dir=root))
+    # The root user of a namespace has another number out here, and must be able to pass.
+    folder.chmod(0o711)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield folder
+        finally:
+            remove_tree(folder)
+
+
+@contextlib.contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into an exception meanwhile, so that a build which is told to end cleans up first."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def one_at_a_time(lock: Path, waiting: str) -> Iterator[None]:
+    """Hold a lock file of this machine; say `waiting` when somebody else holds it.
+
+    The lock saves work, no more: on network file systems it may not hold, and files are published by rename anyway.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            LOGGER.info(waiting)
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder in which some files belong to other users of our own user namespace."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        run(["unshare", "--map-root-user", "--map-auto", "rm", "-rf", "--", str(folder)], check=False)
+    if folder.exists():
+        LOGGER.warning(f"could not remove all of {folder}")
+
+
+def _remove_if_abandoned(folder: Path) -> None:
+    """Remove a build's folder unless its owner still holds the lock in it."""
+    try:
+        with (folder / "lock").open("r") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    except OSError:
+        # Between mkdtemp and the lock, or already going: leave it to its owner.
+        return
+    remove_tree(folder)

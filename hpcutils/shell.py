@@ -1,0 +1,155 @@
+"""The package's only way to start other programs: argument lists, never a shell; errors of our own tree."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpcutils.errors import HpcutilsError, MissingPartError
+
+# How much of a failed program's output an error message shows.
+SHOWN_LINES = 30
+# How long a program may take to clean up after SIGTERM before it is killed.
+GRACE_S = 15.0
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A program that ran to its end."""
+
+    argv: tuple[str, ...]
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    input: str | None = None,
+    timeout_s: float | None = None,
+    check: bool = True,
+    error: type[HpcutilsError] = HpcutilsError,
+    hint: str | None = None,
+) -> Completed:
+    """Run a program to its end and return what it wrote.
+
+    Args:
+        argv: Program and arguments, as they are: no shell reads them.
+        env: Its whole environment; `None` hands on ours.
+        cwd: Its folder.
+        input: Text for its standard input; `None` gives it an empty one.
+        timeout_s: Seconds until it is killed.
+        check: Whether an exit code other than 0 is an error.
+        error: Class of that error, and of a timeout.
+        hint: Hint of that error.
+
+    Raises:
+        MissingPartError: There is no such program.
+        error: It failed (with `check`) or took too long.
+    """
+    with _translating(argv):
+        try:
+            done = subprocess.run(
+                list(argv), env=env, cwd=cwd, input=input or "", timeout=timeout_s, capture_output=True, text=True,
+                errors="replace", check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as exc:
+            raise error(f"no answer from '{shlex.join(argv)}' within {timeout_s:g} s", hint) from exc
+    completed = Completed(tuple(argv), done.returncode, done.stdout, done.stderr)
+    if check and done.returncode != 0:
+        raise error(failure(argv, done.returncode, (done.stderr or done.stdout).splitlines()), hint)
+    return completed
+
+
+def stream(
+    argv: Sequence[str],
+    on_line: Callable[[str], None],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    error: type[HpcutilsError] = HpcutilsError,
+    hint: str | None = None,
+    shown: Callable[[str], str] = str,
+) -> None:
+    """Run a long program and hand over each line of its output (both streams) as it comes.
+
+    An exception that arrives meanwhile, also Ctrl-C, ends the program and all it started before it goes on.
+
+    Args:
+        argv: Program and arguments.
+        on_line: Called with each line, without its end.
+        env: Its whole environment; `None` hands on ours.
+        cwd: Its folder.
+        error: Class of the error when it fails; the message has the last lines.
+        hint: Hint of that error.
+        shown: Applied to each line of that message (to leave out what must not be shown).
+
+    Raises:
+        MissingPartError: There is no such program.
+        error: It ended with another code than 0.
+    """
+    last: deque[str] = deque(maxlen=SHOWN_LINES)
+    with _translating(argv):
+        process = subprocess.Popen(
+            list(argv), env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+    with _ending(process):
+        assert process.stdout is not None
+        for line in process.stdout:
+            last.append(line.rstrip("\n"))
+            on_line(last[-1])
+        code = process.wait()
+    if code != 0:
+        raise error(failure(argv, code, [shown(line) for line in last]), hint)
+
+
+def failure(argv: Sequence[str], code: int, lines: Sequence[str]) -> str:
+    """Return the message of a failed program: its command, how it ended, its last lines."""
+    ended = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+    return "\n".join([f"'{shlex.join(argv)}' {ended}", *(f"  {line}" for line in lines[-SHOWN_LINES:])])
+
+
+@contextlib.contextmanager
+def _translating(argv: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as exc:
+        # A working folder that is gone raises the same error; the name in it tells the two apart.
+        if exc.filename != argv[0]:
+            raise
+        raise MissingPartError(f"{argv[0]}: no such program", "install it, or add its folder to PATH") from exc
+    except PermissionError as exc:
+        raise MissingPartError(f"{argv[0]}: may not be started: {exc.strerror}") from exc
+
+
+@contextlib.contextmanager
+def _ending(process: subprocess.Popen[str]) -> Iterator[None]:
+    """End the whole process group when the block is left before the program has ended."""
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            _signal_group(process, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
+            _signal_group(process, signal.SIGKILL)
+            process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def _signal_group(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    # The group's leader is the program itself (start_new_session), so its number is the group's.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
