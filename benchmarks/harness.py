@@ -46,9 +46,7 @@ def timed(call: Callable[[], object]) -> float:
         gc.enable()
 
 
-def compare(
-    case: str, ours: Callable[[], object], peers: Mapping[str, Callable[[], object]], repeats: int = 7
-) -> list[Ratio]:
+def compare(case: str, ours: Callable[[], object], peers: Mapping[str, Callable[[], object]], repeats: int = 7) -> list[Ratio]:
     """Time `ours` beside each of `peers`, after one warm-up of each, and print a line a peer."""
     rows = []
     for name, peer in peers.items():

@@ -6,7 +6,7 @@ runs/digits-20260131-142501-3f9c/
     logs/restart-0/     rank-0.log …, batch.log    metrics.jsonl     one line an epoch
     checkpoints/        epoch-0003.keras           provenance.json   image, data and code digests, versions, Slurm job
     model.keras summary.txt model.png              result.json       the outcome; failure.json when it failed
-    exit_code           written last, by the batch script
+    exit_code           written last, by the batch script    stop    asks the ranks to stop after their epoch
 """
 
 from __future__ import annotations
@@ -97,6 +97,11 @@ class RunDirectory:
     @property
     def failure(self) -> Path:
         return self.path / "failure.json"
+
+    @property
+    def stop(self) -> Path:
+        """A file that asks the ranks to stop after their epoch; the batch script makes it when the time limit is near."""
+        return self.path / "stop"
 
     @property
     def exit_code(self) -> Path:

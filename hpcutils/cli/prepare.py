@@ -96,9 +96,7 @@ def make_data(argv: tuple[str, ...], job: Job, folder: Path) -> None:
     click.echo(f"making the data: {shlex.join(argv)}", err=True)
     done = shell.run(list(argv), cwd=folder, check=False)
     if done.returncode != 0:
-        raise DataError(
-            f"{argv[-1]} failed with exit code {done.returncode}:\n{done.stderr.strip()}", "run it by hand to see more"
-        )
+        raise DataError(f"{argv[-1]} failed with exit code {done.returncode}:\n{done.stderr.strip()}", "run it by hand to see more")
     missing = [file.path for file in job.data.files if file.path is not None and not (folder / file.path).is_file()]
     if missing:
         raise DataError(f"{argv[-1]} did not make {', '.join(missing)}", "it runs in the folder of train.yaml")

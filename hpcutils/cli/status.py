@@ -25,8 +25,6 @@ def status(run_name: str, runs: str | None, as_json: bool) -> None:
     lines = [f"{run.run_id}  {current.state}" + (f"  job {current.job_id}" if current.job_id else "")]
     lines += [f"  {current.reason}"] if current.reason else []
     lines += (
-        [f"  accuracy {result['accuracy']:.4f}  coverage {result['coverage']}"]
-        if result and result["accuracy"] is not None
-        else []
+        [f"  accuracy {result['accuracy']:.4f}  coverage {result['coverage']}"] if result and result["accuracy"] is not None else []
     )
     emit({**asdict(current), "path": str(run.path), "result": result}, as_json, "\n".join(lines))

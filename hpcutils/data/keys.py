@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import EllipsisType
-from typing import Any, NoReturn, SupportsIndex, TypeAlias, cast
+from typing import Any, SupportsIndex, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,9 +60,18 @@ def plan_key(key: Any, shape: tuple[int, ...]) -> KeyPlan:
     """
     if type(key) is slice:  # the commonest key by far: a batch
         return KeyPlan(range(shape[0])[key], None, None)
-    items = [_item(item, key, shape) for item in (key if isinstance(key, tuple) else (key,))]
+    try:
+        return _plan_key(key, shape)
+    except (IndexError, TypeError, ValueError):
+        _stand_in(shape)[key]  # of several mistakes in one key numpy names one: let it choose
+        raise
+
+
+def _plan_key(key: Any, shape: tuple[int, ...]) -> KeyPlan:
+    """Find the item of the key that is about axis 0, and replace it by one for the rows that will have been read."""
+    items = [_item(item) for item in (key if isinstance(key, tuple) else (key,))]
     if sum(map(_axes, items)) > len(shape) or sum(item is Ellipsis for item in items) > 1:
-        _raise_like_numpy(key, shape)
+        raise IndexError(f"{key!r} has more indices than an array of shape {shape} has axes, or `...` twice")
     position = _row_position(items, len(shape))
     item = items[position]
     others = items[:position] + items[position + 1 :]
@@ -80,7 +89,7 @@ def _plan_array(item: IntArray | NDArray[np.bool_], items: list[Item], position:
     """Plan a key whose axis 0 is picked by an array of row numbers or by a mask."""
     if item.dtype.kind == "b":
         if item.shape != shape[: item.ndim]:
-            _raise_like_numpy(item, shape)
+            raise IndexError(f"a mask of shape {item.shape} does not fit an array of shape {shape}")
         items[position : position + 1] = item.nonzero()  # one array of indices for each axis of the mask
     wanted = _checked_rows(cast(IntArray, items[position]), shape[0])
     others = items[:position] + items[position + 1 :]
@@ -95,25 +104,23 @@ def _plan_array(item: IntArray | NDArray[np.bool_], items: list[Item], position:
 
 def _plan(rows: Rows, items: list[Item], position: int, basic: bool) -> KeyPlan:
     """Return the plan for `items`, whose row item is `ALL` by now."""
-    if all(item is Ellipsis or item == ALL for item in items if not isinstance(item, np.ndarray)) and basic:
+    if basic and all(item is Ellipsis or item == ALL for item in items):
         return KeyPlan(rows, None, None)
     # Only None, which adds an axis, can stand before the row item (an empty Ellipsis adds none).
     return KeyPlan(rows, tuple(items), items[:position].count(None) if basic else None)
 
 
-def _item(item: Any, key: Any, shape: tuple[int, ...]) -> Item:
+def _item(item: Any) -> Item:
     """Return one element of a key in one of the few forms that the rest of this module knows."""
     if item is None or item is Ellipsis or isinstance(item, slice | bool):
         return cast(Item, item)
     if isinstance(item, SupportsIndex) and not hasattr(item, "__array__"):
         return operator.index(item)
-    if isinstance(item, str | bytes):
-        _raise_like_numpy(key, shape)
     array = np.asarray(item)
     if array.size == 0 and not isinstance(item, np.ndarray):
         array = array.astype(np.intp)  # as numpy does for []
     if array.dtype.kind not in "iub":
-        _raise_like_numpy(key, shape)
+        raise IndexError(f"an index is an integer, a slice, `...`, None, or an array of integers or booleans, got {item!r}")
     if array.ndim == 0:
         return cast(Item, array.item())
     return array if array.dtype.kind == "b" else array.astype(np.intp)
@@ -162,12 +169,6 @@ def _checked_rows(rows: IntArray, size: int) -> IntArray:
 def _stand_in(shape: tuple[int, ...]) -> NDArray[np.int8]:
     """Return an array of `shape` that takes one byte of memory."""
     return np.broadcast_to(np.zeros((), np.int8), shape)
-
-
-def _raise_like_numpy(key: Any, shape: tuple[int, ...]) -> NoReturn:
-    """Let numpy itself refuse `key`."""
-    _stand_in(shape)[key]
-    raise IndexError(f"{key!r} is not a key for an array of shape {shape}")
 
 
 def group_rows(rows: Rows, chunk_rows: int) -> list[Group]:

@@ -115,6 +115,4 @@ class NodeArray:
 def check_same_length(x: NodeArray, y: NodeArray) -> None:
     """Raise `DataError` unless there is a label for every sample."""
     if len(x) != len(y):
-        raise DataError(
-            f"x has {len(x)} samples and y has {len(y)}", "both must come from the same split of the same data"
-        )
+        raise DataError(f"x has {len(x)} samples and y has {len(y)}", "both must come from the same split of the same data")

@@ -60,8 +60,8 @@ def bind(source: Path | str, target: Path | str | None = None, *, read_only: boo
     """
     inside = str(source if target is None else target)
     for path in (str(source), inside):
-        if not path.startswith("/") or any(mark in path for mark in ",:\\\n\""):
-            raise RequestError(f"{path!r} cannot be bound into an image: an absolute path without , : \\ or \" was expected")
+        if not path.startswith("/") or any(mark in path for mark in ',:\\\n"'):
+            raise RequestError(f'{path!r} cannot be bound into an image: an absolute path without , : \\ or " was expected')
     return f"{source}:{inside}" + (":ro" if read_only else "")
 
 
@@ -72,6 +72,6 @@ def _assignment(name: str, value: str) -> str:
         if value.endswith('"'):
             raise RequestError(f"{name}: a value that ends with a quote and has no '=' cannot be handed to Apptainer")
         return pair
-    if any(mark in value for mark in ",\"\n"):
+    if any(mark in value for mark in ',"\n'):
         return '"' + pair.replace('"', '""') + '"'
     return pair

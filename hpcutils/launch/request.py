@@ -15,6 +15,7 @@ from hpcutils.rundir import RunDirectory
 from hpcutils.specs.job import Job, gpus_per_node, parse_time_s
 
 MAX_RESTARTS = 3
+STOP_BEFORE_END_S = 90
 
 # Set in every rank: waiting ranks must yield where ranks outnumber cores, and TensorFlow's greetings are no news.
 RANK_ENVIRONMENT = {"OMPI_MCA_mpi_yield_when_idle": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
@@ -105,7 +106,7 @@ def _parameters(job: Job, run: RunDirectory, layout: Layout) -> dict[str, Any]:
         "cpus_per_task": job.resources.cpus_per_task,
         "gpus_per_node": gpus_per_node(job.resources),
         "stderr_to_stdout": True,
-        "signal_delay_s": 90,
+        "signal_delay_s": STOP_BEFORE_END_S,
         "srun_args": [
             "--mpi=pmix",
             "--kill-on-bad-exit=1",
@@ -118,6 +119,8 @@ def _parameters(job: Job, run: RunDirectory, layout: Layout) -> dict[str, Any]:
         "teardown": _teardown_lines(run),
         "additional_parameters": {
             "output": str(run.batch_log),
+            # To the batch shell alone: a signal to the ranks would also reach, and end, the FUSE helper that serves their image.
+            "signal": f"B:USR2@{STOP_BEFORE_END_S}",
             "requeue": True,
             "wait-all-nodes": 1,
             "chdir": str(run.path),
@@ -129,11 +132,21 @@ def _parameters(job: Job, run: RunDirectory, layout: Layout) -> dict[str, Any]:
 
 
 def _setup_lines(run: RunDirectory) -> list[str]:
-    """Lines before srun: a log folder for each (re)start, and a link to the newest."""
-    logs = shlex.quote(str(run.logs))
+    """Lines before srun: a log folder for each (re)start with a link to the newest, and ears for Slurm's warning signal.
+
+    bash runs a trap only between commands, or while it waits: so srun goes to the background and the shell waits for it.
+    """
+    logs, stop = shlex.quote(str(run.logs)), shlex.quote(str(run.stop))
     return [
         f'mkdir -p {logs}/"restart-${{SLURM_RESTART_COUNT:-0}}"',
         f'ln -sfn "restart-${{SLURM_RESTART_COUNT:-0}}" {logs}/current',
+        f"rm -f {stop}",
+        f"trap 'touch {stop}' USR2",
+        "srun() {",
+        '  command srun "$@" &',
+        '  while kill -0 "$!" 2>/dev/null; do wait "$!"; done',
+        '  wait "$!"',
+        "}",
     ]
 
 

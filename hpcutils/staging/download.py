@@ -1,6 +1,6 @@
 """Move one file from its origin to a place of ours: whole, verified and flushed, or not at all.
 
-    origin ─► source (web, file) ─► block ─► thread: temporary file, digest
+origin ─► source (web, file) ─► block ─► thread: temporary file, digest
 """
 
 from __future__ import annotations

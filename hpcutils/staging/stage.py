@@ -87,9 +87,7 @@ def stage(item: Item, root: Path) -> Staged:
     try:
         result = fetch(item.origin, target, digest=item.sha256, algorithm="sha256")
     except IntegrityError as exc:
-        raise IntegrityError(
-            f"{item.name}: {exc.message}", "correct 'sha256' in train.yaml, or restore the file"
-        ) from exc
+        raise IntegrityError(f"{item.name}: {exc.message}", "correct 'sha256' in train.yaml, or restore the file") from exc
     facts = target.stat()
     marker = {"sha256": result.digest, "size_bytes": facts.st_size, "mtime_ns": facts.st_mtime_ns}
     fs.write_text(target.parent / MARKER, json.dumps(marker) + "\n")

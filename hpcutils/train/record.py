@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
 from typing import Any
 
@@ -111,12 +110,6 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         self.run, self.job, self.template, self.ranks = run, job, template, ranks
         self.training, self.validation = training, validation
         self.history: list[dict[str, Any]] = []
-        self._asked_to_stop = False
-        # USR2, since NCCL traps USR1; Slurm sends it `signal_delay_s` before the time limit.
-        signal.signal(signal.SIGUSR2, self._note_signal)
-
-    def _note_signal(self, _number: int, _frame: Any) -> None:
-        self._asked_to_stop = True
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._train = Tally(self.model, self.training, self.ranks)
@@ -151,7 +144,9 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
             logs.update(self._values)
         self._write(epoch)
         done = epoch + 1
-        stop = any(self.ranks.gather(self._asked_to_stop)) and done < self.job.training.epochs
+        # One rank looks: a shared file system may show the file to some ranks sooner than to others.
+        asked = self.ranks.broadcast(self.ranks.world.rank == 0 and self.run.stop.exists())
+        stop = asked and done < self.job.training.epochs
         if self.ranks.world.rank == 0 and (stop or done % self.job.checkpoints.every_epochs == 0):
             save_checkpoint(self.template, self.run, done, self.job.checkpoints.keep)
         if stop:

@@ -278,6 +278,7 @@ def test_a_build_that_is_ended_leaves_the_old_image_and_nothing_else(built: dict
     (home / "images" / f"{NAME}-{'0' * 12}.sif").write_text("the old image")
     (home / "images" / f"{NAME}.sif").symlink_to(f"{NAME}-{'0' * 12}.sif")
     variables = {**changed_code(home, "newer"), "HPCUTILS_CACHE": str(home / "cache"), "TMPDIR": str(home / "tmp")}
+    variables["PYTHONDONTWRITEBYTECODE"] = "1"
     # A cache that lacks this layer; the ones below it are there.
     (home / "tmp").mkdir()
     (home / "cache").mkdir()

@@ -204,7 +204,8 @@ def test_the_time_limit_comes_near_and_the_job_goes_on_after_a_requeue(cluster, 
     folder = cluster.job()
     run, job_id = submit(cluster, folder, "--gpus", "2", "--epochs", "400")
     wait_until(lambda: (run / "metrics.jsonl").is_file(), 90, "the first epoch")
-    cluster.run("scancel", "--signal=USR2", job_id)
+    # What Slurm does 90 s before the time limit (#SBATCH --signal=B:USR2@90).
+    cluster.run("scancel", "--batch", "--signal=USR2", job_id)
     log = run / "logs" / "restart-0" / "rank-0.log"
     wait_until(lambda: "the time limit is near" in log.read_text(), 30, "the stop at an epoch's end")
     stopped_after = int(re.search(r"stopping after epoch (\d+)", log.read_text())[1])

@@ -10,7 +10,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=/shared/runs/digits-20260131-142501-3f9c/logs/batch.log
 #SBATCH --requeue
-#SBATCH --signal=USR2@90
+#SBATCH --signal=B:USR2@90
 #SBATCH --time=1441
 #SBATCH --wait-all-nodes=1
 #SBATCH --wckey=submitit
@@ -18,6 +18,13 @@
 # setup
 mkdir -p /shared/runs/digits-20260131-142501-3f9c/logs/"restart-${SLURM_RESTART_COUNT:-0}"
 ln -sfn "restart-${SLURM_RESTART_COUNT:-0}" /shared/runs/digits-20260131-142501-3f9c/logs/current
+rm -f /shared/runs/digits-20260131-142501-3f9c/stop
+trap 'touch /shared/runs/digits-20260131-142501-3f9c/stop' USR2
+srun() {
+  command srun "$@" &
+  while kill -0 "$!" 2>/dev/null; do wait "$!"; done
+  wait "$!"
+}
 
 # command
 export SUBMITIT_EXECUTOR=slurm
