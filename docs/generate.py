@@ -15,7 +15,12 @@ DOCS = Path(__file__).parent
 
 def command_page() -> str:
     """Return the reference of the command line: each command's own help."""
-    parts = ["# Command line", "", "Made by `make docs` from the commands. Results go to stdout, progress and messages to stderr.", ""]
+    parts = [
+        "# Command line",
+        "",
+        "Made by `make docs` from the commands. Results go to stdout, progress and messages to stderr.",
+        "",
+    ]
     for name in COMMANDS:
         command = cli.get_command(click.Context(cli), name)
         assert command is not None

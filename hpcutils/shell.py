@@ -43,12 +43,14 @@ def run(
 ) -> Completed:
     """Run a program to its end and return what it wrote.
 
+    An exception that arrives meanwhile, also Ctrl-C, ends the program and all it started before it goes on.
+
     Args:
         argv: Program and arguments, as they are: no shell reads them.
         env: Its whole environment; `None` hands on ours.
         cwd: Its folder.
         input: Text for its standard input; `None` gives it an empty one.
-        timeout_s: Seconds until it is killed.
+        timeout_s: Seconds until it is ended.
         check: Whether an exit code other than 0 is an error.
         error: Class of that error, and of a timeout.
         hint: Hint of that error.
@@ -58,16 +60,18 @@ def run(
         error: It failed (with `check`) or took too long.
     """
     with _translating(argv):
+        process = subprocess.Popen(
+            list(argv), env=env, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+    with _ending(process):
         try:
-            done = subprocess.run(
-                list(argv), env=env, cwd=cwd, input=input or "", timeout=timeout_s, capture_output=True, text=True,
-                errors="replace", check=False,
-            )  # fmt: skip
+            stdout, stderr = process.communicate(input or "", timeout=timeout_s)
         except subprocess.TimeoutExpired as exc:
             raise error(f"no answer from '{shlex.join(argv)}' within {timeout_s:g} s", hint) from exc
-    completed = Completed(tuple(argv), done.returncode, done.stdout, done.stderr)
-    if check and done.returncode != 0:
-        raise error(failure(argv, done.returncode, (done.stderr or done.stdout).splitlines()), hint)
+    completed = Completed(tuple(argv), process.returncode, stdout, stderr)
+    if check and process.returncode != 0:
+        raise error(failure(argv, process.returncode, (stderr or stdout).splitlines()), hint)
     return completed
 
 
@@ -135,7 +139,11 @@ def _translating(argv: Sequence[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ending(process: subprocess.Popen[str]) -> Iterator[None]:
-    """End the whole process group when the block is left before the program has ended."""
+    """End the whole process group when the block is left before the program has ended.
+
+    SIGTERM first: Apptainer, killed outright, leaves the process behind that shows the image's files, and that holds the image's
+    disk space even when the file is gone.
+    """
     try:
         yield
     finally:
@@ -145,8 +153,11 @@ def _ending(process: subprocess.Popen[str]) -> Iterator[None]:
                 process.wait(GRACE_S)
             _signal_group(process, signal.SIGKILL)
             process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                # Unwritten input to a program that is gone is no loss.
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
 
 
 def _signal_group(process: subprocess.Popen[str], number: signal.Signals) -> None:

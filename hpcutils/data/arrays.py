@@ -84,9 +84,16 @@ def normalize(x: ArrayLike, axis: SupportsIndex = -1, order: float = 2) -> NDArr
 
 def _norms(block: NDArray[Any], order: float) -> NDArray[Any]:
     """Return the norms along axis 1, `(rows, 1, inner)`, with ones for zeros."""
+    if block.dtype.itemsize == 2:
+        block = block.astype(np.float32)  # squares of float16 overflow from 256 on
     if order == 2 and block.dtype.kind == "f":
-        # (rows, length, inner) -> (rows, inner); one pass and no temporary, unlike linalg.norm.
-        norms = np.sqrt(np.einsum("rli,rli->ri", block, block))[:, None, :]
+        sums = np.zeros((block.shape[0], block.shape[2]), block.dtype.newbyteorder("="))
+        # Long vectors in parts: they stay in cache, and float32 sums of sums are more exact than one long sum.
+        step = max(1, BLOCK_ITEMS // block.shape[2])
+        for start in range(0, block.shape[1], step):
+            part = block[:, start : start + step]
+            sums += np.einsum("rli,rli->ri", part, part)  # (rows, inner), without the temporary of linalg.norm
+        norms = np.sqrt(sums)[:, None, :]
     else:
         norms = np.linalg.norm(block, ord=order, axis=1, keepdims=True)
     norms[norms == 0] = 1

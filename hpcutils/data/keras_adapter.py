@@ -2,12 +2,15 @@
 
 Keras 3 makes one array, and one tensor, of anything that has `__array__`. It chooses how to read its arguments in
 `keras.src.trainers.data_adapters.get_data_adapter`, which makes an `ArrayDataAdapter` of arrays and a `PyDatasetAdapter` of
-data sets written in Python. `adopt` puts a subclass in the place of the first, which steps aside for the second when a
-matrix is among the arguments, and changes nothing otherwise.
+data sets written in Python. `adopt` puts a subclass in the place of each:
 
-These names are not part of Keras' documented interface. Where they are missing or take other arguments, nothing is
-replaced: Keras then copies the matrix, and the matrix warns (`CopyWarning`). `MatrixSequence` needs none of this.
-`validation_split`, `train_on_batch` and `keras.ops` copy in any case.
+    ArrayDataAdapter   steps aside for the other when a matrix is among the arguments
+    PyDatasetAdapter   takes the batches of a data set that says `orders_itself` in their own order, also under the
+                       default `fit(shuffle=True)`, which would otherwise hop through the file from batch to batch
+
+and changes nothing for other data. These names are not part of Keras' documented interface. Where they are missing or take
+other arguments, nothing is replaced: Keras then copies the matrix, and the matrix warns (`CopyWarning`). `MatrixSequence`
+needs none of this, only `fit(shuffle=False)`. `validation_split`, `train_on_batch` and `keras.ops` copy in any case.
 """
 
 from __future__ import annotations
@@ -22,23 +25,38 @@ import numpy as np
 from hpcutils.data.hdf5 import HDF5Matrix
 
 ADAPTERS = "keras.src.trainers.data_adapters"
-ARGUMENTS = {"x", "y", "sample_weight", "batch_size", "steps", "shuffle", "class_weight"}
+ARRAY_ARGUMENTS = {"x", "y", "sample_weight", "batch_size", "steps", "shuffle", "class_weight"}
+DATASET_ARGUMENTS = {"x", "class_weight", "shuffle"}
 
 
 def adopt() -> bool:
     """Teach the imported Keras to read matrices batch by batch; return whether it does."""
     adapters: Any = sys.modules.get(ADAPTERS)
-    arrays = getattr(adapters, "ArrayDataAdapter", None)
+    arrays, datasets = (getattr(adapters, name, None) for name in ("ArrayDataAdapter", "PyDatasetAdapter"))
     if getattr(arrays, "reads_matrices", False):
         return True
-    fits = inspect.isclass(arrays) and set(inspect.signature(arrays).parameters) >= ARGUMENTS
-    if not fits or not hasattr(adapters, "PyDatasetAdapter"):
+    if not _takes(arrays, ARRAY_ARGUMENTS) or not _takes(datasets, DATASET_ARGUMENTS):
         return False
-    adapters.ArrayDataAdapter = _adapter_class(arrays, adapters.PyDatasetAdapter)
+    adapters.PyDatasetAdapter = _dataset_adapter(datasets)
+    adapters.ArrayDataAdapter = _array_adapter(arrays, adapters.PyDatasetAdapter)
     return True
 
 
-def _adapter_class(arrays: Any, datasets: Any) -> Any:
+def _takes(adapter: Any, arguments: set[str]) -> bool:
+    return inspect.isclass(adapter) and set(inspect.signature(adapter).parameters) >= arguments
+
+
+def _dataset_adapter(datasets: Any) -> Any:
+    """Return a subclass of Keras' `PyDatasetAdapter` that leaves the order to data sets that have one."""
+
+    class OrderedDatasetAdapter(datasets):  # type: ignore[misc]
+        def __init__(self, x: Any, class_weight: Any = None, shuffle: bool = False) -> None:
+            super().__init__(x, class_weight=class_weight, shuffle=shuffle and not getattr(x, "orders_itself", False))
+
+    return OrderedDatasetAdapter
+
+
+def _array_adapter(arrays: Any, datasets: Any) -> Any:
     """Return a subclass of Keras' `ArrayDataAdapter` that hands matrices to its `PyDatasetAdapter`."""
 
     class MatrixAwareAdapter(arrays):  # type: ignore[misc]

@@ -112,16 +112,16 @@ class ChunkReader:
         try:
             with phil:  # h5py before 3.16 forgets its own lock here (h5py#2764): two threads crash the process
                 mask, stored = self._dataset.id.read_direct_chunk(start)
-        except RuntimeError:
+        except (OSError, RuntimeError):
             # A chunk that was never written has no bytes to give; HDF5 itself makes up its fill values, or explains.
             self._copy(None, job)
             return
         with _at(self._dataset, start):
             chunk = undo_filters(stored, self._pipeline, mask, self._size_bytes)
         self._copy(chunk, job)
-        _, group, _ = job
-        rows = min(self.block_rows, self.shape[0] - start[0])
-        if group.local != slice(0, rows) if isinstance(group.local, slice) else True:
+        wanted = job[1].local
+        whole = isinstance(wanted, slice) and wanted == slice(0, min(self.block_rows, self.shape[0] - start[0]))
+        if not whole:
             CACHE.put((self._token, start), chunk, self._size_bytes)
 
     def _copy(self, chunk: Inflated | None, job: Job) -> None:

@@ -83,6 +83,11 @@ class MatrixSequence(Sequence):
         self._order = self._new_order()
         self._begun = self._last_was_asked = False
 
+    @property
+    def orders_itself(self) -> bool:
+        """Whether `fit` must leave the order of the batches alone (see `hpcutils.data.keras_adapter`)."""
+        return self.shuffle
+
     def __len__(self) -> int:
         return math.ceil(self._rows / self.batch_size)
 

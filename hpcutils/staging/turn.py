@@ -21,6 +21,8 @@ from hpcutils.log import LOGGER
 STALE_AFTER_S = 24 * 3600
 # What `fs.temporary_beside` puts behind the mark: host (which may hold dashes), process, random part.
 OWNER = re.compile(re.escape(fs.TEMPORARY_MARK) + r"(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}$")
+# include/linux/sched.h: set before a dying process closes its files, and kept until its parent has waited for it.
+PF_EXITING = 0x4
 # A file system without locks says one of these; EBADF is NFS, which locks only what is open for writing.
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EINVAL})
 
@@ -130,12 +132,16 @@ def _is_stale(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_alive(pid: int) -> bool:
-    """Say whether a process runs; one that is dead and not yet waited for does not."""
+    """Say whether a process runs.
+
+    One that is dying, or is dead and not waited for, does not: it gave its locks back, and will write no more.
+    """
     try:
         os.kill(pid, 0)
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+        # proc(5): behind the name, which may hold anything, the kernel's flags are the seventh word.
+        words = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except ProcessLookupError:
         return False
     except OSError:
         return True
-    return state not in ("Z", "X")
+    return not int(words[6]) & PF_EXITING

@@ -60,7 +60,7 @@ def open_web(url: str, resume: Resume | None, timeout_s: float) -> Source:
     """
     request = urllib.request.Request(_quoted(url), headers=_headers(resume))
     try:
-        response = urllib.request.build_opener(_Redirects()).open(request, timeout=timeout_s)
+        response = _director().open(request, timeout=timeout_s)
     except urllib.error.HTTPError as exc:
         exc.close()
         raise _refusal(url, exc, resume) from exc
@@ -71,6 +71,17 @@ def open_web(url: str, resume: Resume | None, timeout_s: float) -> Source:
     except Broken:
         response.close()
         raise
+
+
+def _director() -> urllib.request.OpenerDirector:
+    """Return what follows redirects and proxies, and knows no scheme but these two."""
+    director = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler(), _Redirects(),
+        urllib.request.HTTPErrorProcessor(), urllib.request.HTTPDefaultErrorHandler(), urllib.request.UnknownHandler(),
+    ):  # fmt: skip
+        director.add_handler(handler)
+    return director
 
 
 def _quoted(url: str) -> str:

@@ -29,6 +29,9 @@ class ShardedSequence(Sequence):
         certificate: Count, sum and xor of the samples handed out since `begin_epoch`.
     """
 
+    # The order is the job's: Keras must not shuffle the steps again.
+    orders_itself = True
+
     def __init__(
         self,
         x: NodeArray,

@@ -16,9 +16,7 @@ def test_lock_files_name_no_address():
     locks = [path for path in tracked() if path.parent.name == "locks"]
     assert locks
     assert [
-        path.name
-        for path in locks
-        if re.search(r"://|--index|--extra|--find-links", path.read_text()) and path.suffix == ".txt"
+        path.name for path in locks if re.search(r"://|--index|--extra|--find-links", path.read_text()) and path.suffix == ".txt"
     ] == []
 
 

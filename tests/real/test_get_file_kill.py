@@ -138,6 +138,7 @@ def test_kill_in_the_middle_of_the_body(site: Site, tmp_path: Path) -> None:
     child.wait()
     assert not (folder / "x").exists()
     assert len(names_in(folder)) == 2  # the lock and the half
+    assert len(site.seen) == 1
     get_file("x", url, file_hash=hashlib.sha256(BODY).hexdigest(), cache_dir=tmp_path)
     check(folder, "x", BODY, False)
 

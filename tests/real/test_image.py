@@ -246,9 +246,10 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def processes_of_builds(folder: Path) -> str:
-    """Return the processes that have the folder in their command or work in it."""
+    """Return the processes that have the folder in their command, work in it, or hold a file in it open (also a removed one)."""
     listing = subprocess.run(["pgrep", "-u", USER, "-a", "-f", str(folder)], capture_output=True, text=True, check=False).stdout
-    inside = [path.parent.name for path in Path("/proc").glob("[0-9]*/cwd") if _target(path).startswith(str(folder))]
+    links = [*Path("/proc").glob("[0-9]*/cwd"), *Path("/proc").glob("[0-9]*/fd/*")]
+    inside = [str(path) for path in links if _target(path).startswith(str(folder))]
     return listing + " ".join(inside)
 
 

@@ -46,9 +46,7 @@ def stack() -> Any:
 
 
 def encoder() -> Any:
-    return keras.Sequential(
-        [keras.Input((16,), name="vector"), L.Dense(8, name="narrow"), L.Dense(4, name="code")], name="encoder"
-    )
+    return keras.Sequential([keras.Input((16,), name="vector"), L.Dense(8, name="narrow"), L.Dense(4, name="code")], name="encoder")
 
 
 def siamese() -> Any:

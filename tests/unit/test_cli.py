@@ -44,9 +44,7 @@ def test_help_lists_the_commands_and_imports_nothing_heavy():
     done = hpcutils("--help")
     assert done.returncode == 0
     assert "submit   Submit a training job to Slurm." in done.stdout
-    loaded = modules_after(
-        "import contextlib\nfrom hpcutils.cli import cli\nwith contextlib.suppress(SystemExit): cli(['--help'])"
-    )
+    loaded = modules_after("import contextlib\nfrom hpcutils.cli import cli\nwith contextlib.suppress(SystemExit): cli(['--help'])")
     assert not loaded & HEAVY, loaded & HEAVY
     assert "click" in loaded
 
@@ -61,9 +59,7 @@ def test_dry_run_prints_the_script_and_imports_no_tensorflow(tmp_path):
         (tmp_path / name).chmod(0o755)
     (tmp_path / "image.sif").write_bytes(b"a stand-in: a dry run does not open it")
     words = ["submit", str(DIGITS), "--dry-run", "--image", str(tmp_path / "image.sif"), "--nodes", "2", "--gpus", "8"]
-    code = (
-        f"import os; os.environ['PATH'] = {str(tmp_path)!r} + os.pathsep + os.environ['PATH']\nfrom hpcutils.cli import cli\n"
-    )
+    code = f"import os; os.environ['PATH'] = {str(tmp_path)!r} + os.pathsep + os.environ['PATH']\nfrom hpcutils.cli import cli\n"
     done = subprocess.run(
         [sys.executable, "-c", f"{code}cli({words!r}, standalone_mode=False)\nimport sys; print('MODULES', *sys.modules)"],
         cwd=tmp_path, capture_output=True, text=True, check=True,

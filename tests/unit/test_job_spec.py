@@ -148,9 +148,7 @@ def test_gpus_of_a_node(given, each):
     assert gpus_per_node(Resources(**given)) == each
 
 
-@pytest.mark.parametrize(
-    "given", [{"gpus": 7, "nodes": 2}, {"gpus": 1, "nodes": 2}, {"gpus": 8, "gpus_per_node": 2, "nodes": 2}]
-)
+@pytest.mark.parametrize("given", [{"gpus": 7, "nodes": 2}, {"gpus": 1, "nodes": 2}, {"gpus": 8, "gpus_per_node": 2, "nodes": 2}])
 def test_gpus_that_do_not_fit(given):
     with pytest.raises(RequestError) as caught:
         gpus_per_node(Resources(**given))

@@ -13,7 +13,10 @@ def test_the_cause_comes_first_whatever_srun_printed_first():
 
 def test_exit_codes_and_core_dumps():
     log = "srun: error: node1: task 0: Exited with exit code 1\nsrun: error: node1: task 1: Segmentation fault (core dumped)\n"
-    assert rank_deaths(log) == ["rank 0 on node1 ended: Exited with exit code 1", "rank 1 on node1 was killed by signal 11 (SIGSEGV)"]
+    assert rank_deaths(log) == [
+        "rank 0 on node1 ended: Exited with exit code 1",
+        "rank 1 on node1 was killed by signal 11 (SIGSEGV)",
+    ]
 
 
 def test_a_quiet_log_names_nobody():

@@ -1,0 +1,201 @@
+"""Odd, damaged and treacherous HDF5 files: what HDF5Matrix reads right, and what it refuses."""
+
+import os
+import pickle
+import subprocess
+import sys
+import zlib
+
+import h5py
+import numpy as np
+import pytest
+
+from hpcutils.data.chunks import CACHE, ENGINES, inflate, undo_filters
+from hpcutils.data.hdf5 import HDF5Matrix
+from hpcutils.errors import DataError
+
+ARRAY = np.arange(100 * 6, dtype="f4").reshape(100, 6)
+SHUFFLED = {"chunks": (16, 6), "compression": "gzip", "shuffle": True}
+
+
+def write(path, array=ARRAY, name="data", **options):
+    with h5py.File(path, "w") as file:
+        file.create_dataset(name, data=array, **(options or SHUFFLED))
+    return path
+
+
+# -- odd files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [SHUFFLED, {"chunks": (16, 6)}, {}], ids=["shuffled", "chunked", "contiguous"])
+def test_a_user_block_before_the_data(tmp_path, options):
+    with h5py.File(tmp_path / "block.h5", "w", userblock_size=1024) as file:
+        file.create_dataset("data", data=ARRAY, **options)
+    matrix = HDF5Matrix(tmp_path / "block.h5", "data")
+    rows = np.array([50, 3, 99, 0])
+    assert np.array_equal(matrix.read_rows(rows), ARRAY[rows])
+    assert np.array_equal(matrix[3:40], ARRAY[3:40])
+
+
+def test_filters_left_out_for_single_chunks(tmp_path):
+    with h5py.File(tmp_path / "mask.h5", "w") as file:
+        dataset = file.create_dataset("data", (64, 6), "<f4", **SHUFFLED)
+        for number, mask in enumerate((0b00, 0b01, 0b10, 0b11)):
+            data = ARRAY[16 * number : 16 * (number + 1)]
+            stored = data.tobytes() if mask & 1 else np.ascontiguousarray(data.view("u1").reshape(-1, 4).T).tobytes()
+            dataset.id.write_direct_chunk((16 * number, 0), stored if mask & 2 else zlib.compress(stored), mask)
+        assert np.array_equal(dataset[:], ARRAY[:64])
+    matrix = HDF5Matrix(tmp_path / "mask.h5", "data")
+    assert np.array_equal(matrix[:], ARRAY[:64])
+    assert np.array_equal(matrix[::-5], ARRAY[:64][::-5])
+
+
+@pytest.mark.parametrize("damage", ["zeros", "cut", "too much"])
+def test_a_damaged_chunk_is_named(tmp_path, damage):
+    whole = zlib.compress(ARRAY[:16].tobytes())
+    bad = {"zeros": bytes(len(whole)), "cut": whole[:-30], "too much": zlib.compress(bytes(10**7))}[damage]
+    with h5py.File(tmp_path / "bad.h5", "w") as file:
+        dataset = file.create_dataset("data", (100, 6), "<f4", chunks=(16, 6), compression="gzip")
+        dataset.id.write_direct_chunk((32, 0), bad)
+    matrix = HDF5Matrix(tmp_path / "bad.h5", "data")
+    assert np.array_equal(matrix[0:20], np.zeros((20, 6)))
+    with pytest.raises(DataError, match=r"bad\.h5, dataset /data, chunk at \(32, 0\)"):
+        matrix[[1, 40]]
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.__name__)
+def test_both_engines_inflate_and_refuse_alike(engine):
+    data = np.random.default_rng(0).integers(0, 9, 50_000).astype("u1").tobytes()
+    stored = zlib.compress(data)
+    assert inflate(stored, len(data), engine) == data
+    wrong_sum = stored[:-1] + bytes([stored[-1] ^ 1])
+    for bad, size in ((stored[:-2], 50_000), (wrong_sum, 50_000), (stored, 49_999), (stored, 50_001), (b"x" * 50, 50)):
+        with pytest.raises(DataError, match="compressed chunk"):
+            inflate(bad, size, engine)
+
+
+def test_the_fast_engine_is_used_when_it_is_installed():
+    installed = subprocess.run([sys.executable, "-c", "import isal"], capture_output=True, check=False).returncode == 0
+    assert [engine.__name__ for engine in ENGINES] == (["isal.isal_zlib"] if installed else []) + ["zlib"]
+
+
+def test_an_unfiltered_chunk_of_the_wrong_size():
+    with pytest.raises(DataError, match="should hold 100 bytes and holds 99"):
+        undo_filters(bytes(99), (), 0, 100)
+
+
+def test_a_file_cut_short(tmp_path):
+    path = write(tmp_path / "cut.h5", np.zeros((4000, 6), "f4"), chunks=None)
+    matrix = HDF5Matrix(path, "data")
+    reader = matrix._open().reader
+    os.truncate(path, 50_000)
+    with pytest.raises(DataError, match="the file ends before row 3999"):
+        reader.read(np.array([3999, 1]))
+    with pytest.raises(DataError, match="not a readable HDF5 file"):
+        matrix[3999]
+
+
+def test_chunks_too_large_to_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr(CACHE, "limit_bytes", 1000)
+    path = write(tmp_path / "lzf.h5", chunks=(16, 6), compression="lzf")
+    rows = np.array([70, 3, 3, 4, 5, 99])
+    assert np.array_equal(HDF5Matrix(path, "data").read_rows(rows), ARRAY[rows])
+    assert CACHE.used_bytes <= 1000
+
+
+def test_strings_records_and_array_types(tmp_path):
+    strings = np.array([b"one", b"three", b""] * 10, object)
+    records = np.array([(1, 2.0), (3, 4.0)] * 15, [("a", "i4"), ("b", "f8")])
+    with h5py.File(tmp_path / "types.h5", "w") as file:
+        file.create_dataset("strings", data=strings, dtype=h5py.string_dtype(), chunks=(4,))
+        file.create_dataset("records", data=records, chunks=(4,), compression="gzip")
+        file.create_dataset("arrays", (30,), np.dtype(("f4", (2, 3))))[:] = np.arange(180).reshape(30, 2, 3)
+    rows = np.array([29, 0, 7, 7])
+    for name, array in (("strings", strings), ("records", records), ("arrays", np.arange(180.0).reshape(30, 2, 3))):
+        matrix = HDF5Matrix(tmp_path / "types.h5", name)
+        assert matrix.shape == array.shape
+        assert np.array_equal(matrix.read_rows(rows), array[rows])
+        assert np.array_equal(matrix[5:9], array[5:9])
+        assert np.array_equal(matrix[::-4], array[::-4])
+
+
+# -- files that point elsewhere ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def secret(tmp_path):
+    (tmp_path / "secret.bin").write_bytes(ARRAY.tobytes())
+    write(tmp_path / "secret.h5")
+    with h5py.File(tmp_path / "secret.h5", "a") as file:
+        file["hidden"] = ARRAY
+
+
+def external_link(file, folder):
+    file["data"] = h5py.ExternalLink("secret.h5", "/data")
+
+
+def soft_link_to_external_link(file, folder):
+    file["way/out"] = h5py.ExternalLink("secret.h5", "/")
+    file["data"] = h5py.SoftLink("/way/out/data")
+
+
+def external_storage(file, folder):
+    file.create_dataset("data", ARRAY.shape, "<f4", external=[(str(folder / "secret.bin"), 0, h5py.h5f.UNLIMITED)])
+
+
+def view(file, folder):
+    layout = h5py.VirtualLayout(ARRAY.shape, "f4")
+    layout[:] = h5py.VirtualSource(str(folder / "secret.h5"), "hidden", ARRAY.shape, dtype="f4")
+    file.create_virtual_dataset("data", layout)
+
+
+def view_of_a_link(file, folder):
+    file["link"] = h5py.ExternalLink("secret.h5", "/data")
+    layout = h5py.VirtualLayout(ARRAY.shape, "f4")
+    layout[:] = h5py.VirtualSource(".", "link", ARRAY.shape, dtype="f4")
+    file.create_virtual_dataset("data", layout)
+
+
+@pytest.mark.parametrize("trap", [external_link, soft_link_to_external_link, external_storage, view, view_of_a_link])
+def test_files_that_read_other_files_are_refused(tmp_path, secret, trap, monkeypatch):
+    path = tmp_path / "trap.h5"
+    with h5py.File(path, "w") as file:
+        trap(file, tmp_path)
+    with pytest.raises(DataError, match=r"reads another file(.|\n)*hint: if you trust this file"):
+        HDF5Matrix(path, "data")
+    trusted = HDF5Matrix.trusting(path, "data", 10)
+    assert np.array_equal(trusted[[1, 0]], ARRAY[[11, 10]])
+    assert np.array_equal(pickle.loads(pickle.dumps(trusted))[:], ARRAY[10:])
+    monkeypatch.setattr(HDF5Matrix, "allow_external", True)
+    assert np.array_equal(HDF5Matrix(path, "data")[5:50], ARRAY[5:50])
+
+
+def test_a_refused_link_is_not_followed(tmp_path):
+    """The other file is a pipe: opening it would block for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    with h5py.File(tmp_path / "trap.h5", "w") as file:
+        file["data"] = h5py.ExternalLink("pipe", "/data")
+    with pytest.raises(DataError, match="leads out of it"):
+        HDF5Matrix(tmp_path / "trap.h5", "data")
+
+
+def test_links_inside_of_the_file_are_followed(tmp_path):
+    with h5py.File(tmp_path / "links.h5", "w") as file:
+        file.create_dataset("deep/er/data", data=ARRAY, **SHUFFLED)
+        file["deep/soft"] = h5py.SoftLink("er")
+        file["absolute"] = h5py.SoftLink("/deep/soft/data")
+        file["hard"] = file["deep/er/data"]
+        file["loop"] = h5py.SoftLink("/loop")
+        file["dangling"] = h5py.SoftLink("/nowhere")
+        layout = h5py.VirtualLayout((200, 6), "f4")
+        layout[:100] = h5py.VirtualSource(".", "absolute", ARRAY.shape, dtype="f4")
+        layout[100:] = h5py.VirtualSource(".", "not/yet", ARRAY.shape, dtype="f4")
+        file.create_virtual_dataset("view", layout, fillvalue=-1)
+    for name in ("deep/soft/data", "absolute", "hard"):
+        assert np.array_equal(HDF5Matrix(tmp_path / "links.h5", name)[[7, 99]], ARRAY[[7, 99]])
+    view_of_both = HDF5Matrix(tmp_path / "links.h5", "view")
+    assert np.array_equal(view_of_both[[7, 150]], [ARRAY[7], np.full(6, -1)])
+    with pytest.raises(DataError, match="more than 32 soft links"):
+        HDF5Matrix(tmp_path / "links.h5", "loop")
+    with pytest.raises(DataError, match="no dataset 'dangling'"):
+        HDF5Matrix(tmp_path / "links.h5", "dangling")

@@ -1,0 +1,88 @@
+"""Finding images, the command that runs in them, and what is read from a SIF's list of objects."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hpcutils.errors import ImageError, RequestError
+from hpcutils.image.exec_line import bind, exec_argv
+from hpcutils.image.find import find_image, images_folder
+from hpcutils.image.sif import SifObject, parse_listing
+
+
+def make(folder: Path, digest: str = "0123456789ab") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"a-{digest}.sif"
+    path.write_bytes(b"sif")
+    path.with_suffix(".json").write_text(json.dumps({"name": "a", "digest": digest * 5, "sha256": "f" * 64}))
+    (folder / "a.sif").symlink_to(path.name)
+    return path
+
+
+def test_a_name_leads_to_the_file_not_to_the_link(tmp_path: Path) -> None:
+    path = make(tmp_path / "images")
+    image = find_image("a", {"HPCUTILS_IMAGES": str(tmp_path / "images")})
+    assert (image.path, image.name, image.digest, image.sha256) == (path, "a", "0123456789ab" * 5, "f" * 64)
+
+
+def test_where_images_are() -> None:
+    assert images_folder({"HOME": "/home/a"}) == Path("/home/a/.cache/hpcutils/images")
+    assert images_folder({"HOME": "/home/a", "HPCUTILS_CACHE": "/c"}) == Path("/c/images")
+    assert images_folder({"HOME": "/home/a", "HPCUTILS_CACHE": "/c", "HPCUTILS_IMAGES": "/i"}) == Path("/i")
+
+
+def test_a_path_is_taken_as_it_is_and_needs_no_sidecar(tmp_path: Path) -> None:
+    (tmp_path / "other.sif").write_bytes(b"sif")
+    image = find_image(str(tmp_path / "other.sif"), {})
+    assert (image.name, image.digest, image.sha256) == ("other", "", "")
+
+
+def test_a_broken_sidecar_is_none(tmp_path: Path) -> None:
+    make(tmp_path).with_suffix(".json").write_text("{")
+    assert find_image("a", {"HPCUTILS_IMAGES": str(tmp_path)}).digest == ""
+
+
+@pytest.mark.parametrize(("name", "hint"), [("b", "hpcutils build b"), ("./b.sif", "give the path of a SIF")])
+def test_a_missing_image_says_what_to_do(tmp_path: Path, name: str, hint: str) -> None:
+    with pytest.raises(ImageError, match="no such image") as caught:
+        find_image(name, {"HPCUTILS_IMAGES": str(tmp_path)})
+    assert caught.value.hint is not None and hint in caught.value.hint
+
+
+def test_exec_line() -> None:
+    argv = exec_argv("/i/a.sif", [bind("/data", read_only=True), bind("/run 1", "/run")], {"A": "1"}, True, cwd="/run")
+    assert argv == [
+        *("apptainer", "--quiet", "exec", "--no-home", "--no-mount", "cwd", "--pwd", "/run", "--no-eval", "--nv"),
+        *("--bind", "/data:/data:ro", "--bind", "/run 1:/run"),
+        *("--env", "OMPI_MCA_btl_vader_single_copy_mechanism=none", "--env", "PMIX_MCA_gds=hash"),
+        *("--env", "PYTHONPATH=", "--env", "PYTHONHOME=", "--env", "PYTHONNOUSERSITE=1"),
+        *("--env", "A=1", "/i/a.sif"),
+    ]
+
+
+def test_the_callers_variables_win() -> None:
+    argv = exec_argv("a.sif", env={"PYTHONPATH": "/code"})
+    assert "PYTHONPATH=/code" in argv and "PYTHONPATH=" not in argv
+
+
+@pytest.mark.parametrize("path", ["relative", "/a,b", "/a:b", "/a\nb", '/a"b'])
+def test_a_path_that_apptainer_would_misread_is_refused(path: str) -> None:
+    with pytest.raises(RequestError, match="cannot be bound"):
+        bind(path)
+
+
+def test_a_listing_of_apptainer_is_read() -> None:
+    listing = (
+        "------------------------------------------------------------------------------\n"
+        "ID   |GROUP   |LINK    |SIF POSITION (start-end)  |TYPE\n"
+        "------------------------------------------------------------------------------\n"
+        "1    |1       |NONE    |32176-33466               |Def.FILE\n"
+        "3    |1       |NONE    |36864-530223104           |FS (Squashfs/*System/amd64)\n"
+    )
+    assert parse_listing(listing) == [
+        SifObject("Def.FILE", 32176, 33466),
+        SifObject("FS (Squashfs/*System/amd64)", 36864, 530223104),
+    ]
