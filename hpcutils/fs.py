@@ -34,7 +34,7 @@ def fsync_path(path: Path) -> None:
 def publish(temporary: Path, target: Path) -> None:
     """Flush `temporary` and give it its name; whoever reads `target` sees the old file or the new one, never a part."""
     fsync_path(temporary)
-    os.replace(temporary, target)
+    temporary.replace(target)
     fsync_path(target.parent)
 
 
