@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpcutils.errors import EXIT_REQUEUE
+from hpcutils.errors import EXIT_REQUEUE, JobFailedError
 from hpcutils.image.exec_line import MPI_ENVIRONMENT, bind, exec_argv
 from hpcutils.rundir import RunDirectory
 from hpcutils.specs.job import Job, gpus_per_node, parse_time_s
@@ -155,12 +155,14 @@ def _teardown_lines(run: RunDirectory) -> list[str]:
 
     Requeueing happens here, on the host: `scontrol` is not to be had inside a container.
     """
-    target = shlex.quote(str(run.exit_code))
+    target, result = shlex.quote(str(run.exit_code)), shlex.quote(str(run.result))
     return [
         "code=$?",
         f'if [ "$code" -eq {EXIT_REQUEUE} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {MAX_RESTARTS} ]; then',
         '  scontrol requeue "$SLURM_JOB_ID" && exit 0',
         "fi",
+        # srun can end with 0 although no rank was launched: only a result is a success.
+        f'if [ "$code" -eq 0 ] && [ ! -f {result} ]; then code={JobFailedError.exit_code}; fi',
         f'echo "$code" > {target}.part && mv {target}.part {target}',
         'exit "$code"',
     ]

@@ -214,7 +214,9 @@ def test_the_time_limit_comes_near_and_the_job_goes_on_after_a_requeue(cluster, 
         return "JobState=PENDING" in cluster.run("scontrol", "--oneliner", "show", "job", job_id).stdout
 
     wait_until(pending, 60, "the requeue")
-    # Slurm holds a requeued job back for two minutes.
+    wait_until(lambda: not ranks_of(job_id), 30, "the end of the first start")
+    # Slurm holds a requeued job back for two minutes, so that the nodes can clean up: a few seconds will do here.
+    time.sleep(12)
     cluster.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
     wait_until(lambda: (run / "exit_code").is_file(), 150, "the end of the second start")
     assert (run / "exit_code").read_text() == "0\n"

@@ -37,5 +37,6 @@ code=$?
 if [ "$code" -eq 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; then
   scontrol requeue "$SLURM_JOB_ID" && exit 0
 fi
+if [ "$code" -eq 0 ] && [ ! -f /shared/runs/digits-20260131-142501-3f9c/result.json ]; then code=9; fi
 echo "$code" > /shared/runs/digits-20260131-142501-3f9c/exit_code.part && mv /shared/runs/digits-20260131-142501-3f9c/exit_code.part /shared/runs/digits-20260131-142501-3f9c/exit_code
 exit "$code"
