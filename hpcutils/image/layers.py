@@ -142,7 +142,7 @@ def versions(builder: str) -> dict[str, str]:
 
 
 def _fill_build_folder(files: RecipeFiles, work: Path, wheels: Path, machine: Machine) -> list[str]:
-    """Write what the build sees as `/mnt` and return the binds that show it."""
+    """Write what the build sees as `/mnt` and return the binds that show it, and a `/tmp` of the build's own."""
     folder = work / "mnt"
     settings = build_files(machine, files.recipe.base.suite)
     locks = {"packages": files.lock, "tools": files.tools_lock}
@@ -159,7 +159,16 @@ def _fill_build_folder(files: RecipeFiles, work: Path, wheels: Path, machine: Ma
         (work / "files" / str(i)).write_bytes(content)
     for inside in settings.binds.values():
         (folder / inside.removeprefix("/mnt/")).mkdir(parents=True)
-    return [bind(folder, "/mnt"), *(bind(source, inside, read_only=True) for source, inside in settings.binds.items())]
+    # Apptainer shows the machine's own /tmp while it builds: others clear it away under pip's feet, and pip leaves things there.
+    scratch = work / "tmp"
+    scratch.mkdir()
+    scratch.chmod(0o1777)
+    return [
+        bind(folder, "/mnt"),
+        bind(scratch, "/tmp"),
+        bind(scratch, "/var/tmp"),
+        *(bind(source, inside, read_only=True) for source, inside in settings.binds.items()),
+    ]
 
 
 def _keep_wheels(made: Path, wheels: Path) -> None:

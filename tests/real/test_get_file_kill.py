@@ -47,12 +47,6 @@ print(*seen)
 """
 
 
-@pytest.fixture(autouse=True)
-def direct(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep a proxy of this machine out of the way to this machine."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-
 @pytest.fixture
 def site() -> Iterator[Site]:
     with serving() as running:

@@ -286,7 +286,7 @@ def test_a_build_that_is_ended_leaves_the_old_image_and_nothing_else(built: dict
     for name in {"base": (), "environment": ("bases",), "code": ("bases", "layers")}[layer]:
         shutil.copytree(cache / name, home / "cache" / name, copy_function=os.link)
     own(home)
-    before = tree(home)
+    before, scraps = tree(home), set(Path("/tmp").glob("pip-*"))
     process = subprocess.Popen(
         [str(SANDBOX), "user", "--", "env", *(f"{key}={value}" for key, value in variables.items()), "hpcutils", "build", NAME],
         stderr=subprocess.PIPE,
@@ -303,6 +303,8 @@ def test_a_build_that_is_ended_leaves_the_old_image_and_nothing_else(built: dict
     assert process.returncode != 0
     assert tree(home) == before
     assert processes_of_builds(home) == ""
+    # The build has a /tmp of its own: nothing of it is in the machine's.
+    assert set(Path("/tmp").glob("pip-*")) == scraps
 
 
 def test_a_wrong_hash_fails_the_build_and_shows_no_address(built: dict[str, Any], home: Path) -> None:

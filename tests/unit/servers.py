@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import trustme
 
 
@@ -238,7 +239,10 @@ def serving(authority: trustme.CA | None = None) -> Iterator[Site]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
-        yield site
+        with pytest.MonkeyPatch.context() as patch:
+            # A proxy of this machine is not on the way to this machine.
+            patch.setenv("no_proxy", "127.0.0.1")
+            yield site
     finally:
         server.shutdown()
         server.server_close()
