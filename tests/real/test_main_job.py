@@ -202,7 +202,7 @@ def test_a_partition_that_does_not_exist(cluster, image):
 
 def test_the_time_limit_comes_near_and_the_job_goes_on_after_a_requeue(cluster, image):
     folder = cluster.job()
-    run, job_id = submit(cluster, folder, "--gpus", "2", "--epochs", "400")
+    run, job_id = submit(cluster, folder, "--gpus", "2", "--epochs", "40")
     wait_until(lambda: (run / "metrics.jsonl").is_file(), 90, "the first epoch")
     # What Slurm does 90 s before the time limit (#SBATCH --signal=B:USR2@90).
     cluster.run("scancel", "--batch", "--signal=USR2", job_id)
@@ -220,10 +220,10 @@ def test_the_time_limit_comes_near_and_the_job_goes_on_after_a_requeue(cluster, 
     cluster.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
     wait_until(lambda: (run / "exit_code").is_file(), 150, "the end of the second start")
     assert (run / "exit_code").read_text() == "0\n"
-    assert [line["epoch"] for line in lines(run)] == list(range(1, 401))
+    assert [line["epoch"] for line in lines(run)] == list(range(1, 41))
     again = (run / "logs" / "restart-1" / "rank-0.log").read_text()
-    assert f"epoch {stopped_after + 1}/400" in again
-    assert f"epoch {stopped_after}/400" not in again
+    assert f"epoch {stopped_after + 1}/40" in again
+    assert f"epoch {stopped_after}/40" not in again
 
 
 def test_a_launch_without_pmix_is_an_error_within_seconds(cluster, image):
