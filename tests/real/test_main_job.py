@@ -124,7 +124,7 @@ def submit(cluster: Cluster, folder: Path, *words: str) -> tuple[Path, str]:
 def test_a_rank_killed_in_mid_epoch_ends_the_job_and_is_named(cluster, image):
     folder = cluster.job()
     run, job_id = submit(cluster, folder, "--replication", "per_gpu", "--gpus", "4", "--epochs", "5000")
-    wait_until(lambda: (run / "metrics.jsonl").is_file(), 90, "the first epoch")
+    wait_until(lambda: (run / "metrics.jsonl").is_file(), 180, "the first epoch")
     ranks = ranks_of(job_id)
     assert sorted(ranks) == [0, 1, 2, 3]
     os.kill(ranks[3], signal.SIGKILL)
@@ -142,7 +142,7 @@ def test_a_rank_killed_in_mid_epoch_ends_the_job_and_is_named(cluster, image):
 def test_follow_tells_which_rank_was_killed(cluster, image):
     folder = cluster.job()
     run, job_id = submit(cluster, folder, "--epochs", "5000")
-    wait_until(lambda: (run / "metrics.jsonl").is_file(), 90, "the first epoch")
+    wait_until(lambda: (run / "metrics.jsonl").is_file(), 180, "the first epoch")
     os.kill(ranks_of(job_id)[1], signal.SIGKILL)
     wait_until(lambda: (run / "exit_code").is_file(), 20, "the end of the job")
     code = "import sys; from pathlib import Path; from hpcutils.launch import monitor; from hpcutils.rundir import RunDirectory\n"
@@ -203,7 +203,7 @@ def test_a_partition_that_does_not_exist(cluster, image):
 def test_the_time_limit_comes_near_and_the_job_goes_on_after_a_requeue(cluster, image):
     folder = cluster.job()
     run, job_id = submit(cluster, folder, "--gpus", "2", "--epochs", "40")
-    wait_until(lambda: (run / "metrics.jsonl").is_file(), 90, "the first epoch")
+    wait_until(lambda: (run / "metrics.jsonl").is_file(), 180, "the first epoch")
     # What Slurm does 90 s before the time limit (#SBATCH --signal=B:USR2@90).
     cluster.run("scancel", "--batch", "--signal=USR2", job_id)
     log = run / "logs" / "restart-0" / "rank-0.log"
@@ -229,7 +229,7 @@ def test_the_time_limit_comes_near_and_the_job_goes_on_after_a_requeue(cluster, 
 def test_a_launch_without_pmix_is_an_error_within_seconds(cluster, image):
     folder = cluster.job()
     run, _ = submit(cluster, folder, "--gpus", "2", "--epochs", "1")
-    wait_until(lambda: (run / "exit_code").is_file(), 90, "the run that is tried again by hand")
+    wait_until(lambda: (run / "exit_code").is_file(), 180, "the run that is tried again by hand")
     started = time.monotonic()
     words = ("srun", "--mpi=none", "-N", "2", "--ntasks-per-node=1", "python", "-m", "hpcutils.train.entry", str(run))
     done = cluster.run(*words, cwd=folder, check=False)
