@@ -28,11 +28,13 @@ def require(condition: bool, what: str) -> None:
     pytest.skip(f"missing: {what}")
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> float:
-    """Wait for `condition` and return the seconds that it took."""
+def wait_until(
+    condition: Callable[[], bool], timeout_s: float, what: str, found: Callable[[], str] = lambda: ""
+) -> float:
+    """Wait for `condition` and return the seconds that it took; `found` tells what was there instead."""
     start = time.monotonic()
     while not condition():
-        assert time.monotonic() - start < timeout_s, f"not within {timeout_s} s: {what}"
+        assert time.monotonic() - start < timeout_s, f"not within {timeout_s} s: {what}\n{found()}"
         time.sleep(0.1)
     return time.monotonic() - start
 

@@ -210,10 +210,14 @@ def test_the_time_limit_comes_near_and_the_job_goes_on_after_a_requeue(cluster, 
     wait_until(lambda: "the time limit is near" in log.read_text(), 30, "the stop at an epoch's end")
     stopped_after = int(re.search(r"stopping after epoch (\d+)", log.read_text())[1])
 
-    def pending() -> bool:
-        return "JobState=PENDING" in cluster.run("scontrol", "--oneliner", "show", "job", job_id).stdout
+    def state() -> str:
+        return cluster.run("scontrol", "--oneliner", "show", "job", job_id).stdout
 
-    wait_until(pending, 60, "the requeue")
+    def found() -> str:
+        files = sorted(run.rglob("*.log")) + sorted(run.glob("logs/*.out"))
+        return "\n".join([state(), *(f"{file}:\n{file.read_text()[-2000:]}" for file in files)])
+
+    wait_until(lambda: "JobState=PENDING" in state(), 60, "the requeue", found)
     wait_until(lambda: not ranks_of(job_id), 30, "the end of the first start")
     # Slurm holds a requeued job back for two minutes, so that the nodes can clean up: a few seconds will do here.
     time.sleep(12)
