@@ -28,9 +28,7 @@ def require(condition: bool, what: str) -> None:
     pytest.skip(f"missing: {what}")
 
 
-def wait_until(
-    condition: Callable[[], bool], timeout_s: float, what: str, found: Callable[[], str] = lambda: ""
-) -> float:
+def wait_until(condition: Callable[[], bool], timeout_s: float, what: str, found: Callable[[], str] = lambda: "") -> float:
     """Wait for `condition` and return the seconds that it took; `found` tells what was there instead."""
     start = time.monotonic()
     while not condition():
