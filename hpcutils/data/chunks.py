@@ -5,8 +5,9 @@ shuffled form even when one row of it is wanted. Here the library hands over the
 its lock: inflated by igzip when the package `isal` is installed (the extra `fast`), by zlib otherwise, and only the wanted
 rows are unshuffled.
 
-Memory: one cache a process, `CACHE`, of at most `CACHE_BYTES` (128 MiB) of inflated chunks for all datasets together. It
-is what makes batches smaller than a chunk, and shuffled ones, cheap. A chunk whose rows were all wanted is not kept.
+Memory: one cache a process, `CACHE`, of inflated chunks for all datasets together: a thirty-second of the memory that the
+process may still take, shared among the ranks of the machine, and from 128 MiB to 1 GiB. It is what makes batches smaller
+than a chunk, and shuffled ones, cheap. A chunk whose rows were all wanted is not kept.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from hpcutils.data.room import ranks_here, usable_bytes
 from hpcutils.errors import DataError
 
 T = TypeVar("T")
 U = TypeVar("U")
 Bytes: TypeAlias = NDArray[np.uint8]
 
-CACHE_BYTES = 128 << 20
+CACHE_LEAST_BYTES, CACHE_MOST_BYTES, CACHE_SHARE = 128 << 20, 1 << 30, 32
 MAX_THREADS = 8
 
 # Registered numbers of the filters that are undone here (H5Z_FILTER_DEFLATE, H5Z_FILTER_SHUFFLE in H5Zpublic.h).
@@ -122,13 +124,21 @@ def _join(low: NDArray[Any], high: NDArray[Any], bits: int) -> NDArray[Any]:
     return joined
 
 
+def cache_limit(usable: int | None, ranks: int) -> int:
+    """Return how many bytes of inflated chunks to keep, where `ranks` processes share `usable` bytes of memory."""
+    return min(max(CACHE_LEAST_BYTES, (usable or 0) // CACHE_SHARE // ranks), CACHE_MOST_BYTES)
+
+
 class ChunkCache:
-    """The most recently used chunks, at most `limit_bytes` of them; used by all threads of one process.
+    """The most recently used chunks; used by all threads of one process.
 
     A key is a tuple whose first element names the dataset, so that `drop` can forget all of it.
+
+    Args:
+        limit_bytes: Keep at most so many; `None` is for `cache_limit` to say when the first chunk comes.
     """
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int | None = None) -> None:
         self.limit_bytes = limit_bytes
         self.renew()
 
@@ -149,6 +159,8 @@ class ChunkCache:
     def put(self, key: tuple[Any, ...], value: Any, size_bytes: int) -> None:
         """Keep `value`; the least recently used make room. What is larger than the whole cache is not kept."""
         with self._lock:
+            if self.limit_bytes is None:
+                self.limit_bytes = cache_limit(usable_bytes(), ranks_here())
             if size_bytes > self.limit_bytes or key in self._items:
                 return
             self._items[key] = value, size_bytes
@@ -188,7 +200,7 @@ class Workers:
             return map(call, items)
 
 
-CACHE = ChunkCache(CACHE_BYTES)
+CACHE = ChunkCache()
 WORKERS = Workers()
 os.register_at_fork(after_in_child=CACHE.renew)
 os.register_at_fork(after_in_child=WORKERS.renew)

@@ -1,7 +1,7 @@
 """`HDF5Matrix`: a dataset of an HDF5 file that behaves like a numpy array and is read when it is indexed.
 
-Rows are read by the readers of `hpcutils.data.readers`; inflated chunks are kept in one cache a process, at most 128 MiB
-for all matrices together (`hpcutils.data.chunks.CACHE`).
+Rows are read by the readers of `hpcutils.data.readers`; inflated chunks are kept in one cache a process for all
+matrices together, bounded by the machine's memory (`hpcutils.data.chunks.CACHE`).
 """
 
 from __future__ import annotations

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpcutils.data.chunks import CACHE_BYTES
+from hpcutils.data.chunks import CACHE_LEAST_BYTES
 
-# Half of the cache: while one window is used up, the next is being filled.
-WINDOW_BYTES = CACHE_BYTES // 2
+# Half of the smallest cache: while one window is used up, the next is being filled. The same on every machine: the order
+# of the samples follows from it.
+WINDOW_BYTES = CACHE_LEAST_BYTES // 2
 
 
 class MixedOrder:

@@ -21,7 +21,7 @@ import numpy as np
 from h5py._objects import phil
 from numpy.typing import NDArray
 
-from hpcutils.data.chunks import CACHE, KNOWN_PIPELINES, SHUFFLE, WORKERS, Inflated, take_rows, undo_filters
+from hpcutils.data.chunks import CACHE, CACHE_LEAST_BYTES, KNOWN_PIPELINES, SHUFFLE, WORKERS, Inflated, take_rows, undo_filters
 from hpcutils.data.keys import Group, Rows, group_rows, split_runs
 from hpcutils.errors import DataError
 
@@ -34,6 +34,8 @@ Token: TypeAlias = tuple[int | str, ...]
 PIECE_BYTES = 1 << 20
 # A gap that is cheaper to read along than to start another read: one page.
 GAP_BYTES = 4096
+# Of a chunk larger than this only the wanted rows are read: eight such chunks fill the smallest cache.
+HELD_BYTES = CACHE_LEAST_BYTES // 8
 
 
 class Reader(Protocol):
@@ -211,7 +213,7 @@ class LibraryReader:
     def _place(self, out: NDArray[Any], group: Group) -> None:
         first = group.chunk * self.block_rows
         stop = min(first + self.block_rows, self.shape[0])
-        if (stop - first) * self._row_bytes > CACHE.limit_bytes // 8:
+        if (stop - first) * self._row_bytes > HELD_BYTES:
             self._place_runs(out, group, first)
             return
         block = CACHE.get((self._token, first))
@@ -225,7 +227,7 @@ class LibraryReader:
         """Read only the wanted rows of a chunk that is too large to hold."""
         local = np.arange(self.block_rows)[group.local] if isinstance(group.local, slice) else group.local
         places = np.arange(len(out))[group.place] if isinstance(group.place, slice) else group.place
-        max_rows = max(1, CACHE.limit_bytes // 8 // self._row_bytes)
+        max_rows = max(1, HELD_BYTES // self._row_bytes)
         for low, high in split_runs(local, 0, max_rows):
             start, stop = int(local[low]), int(local[high - 1]) + 1
             block = library_read(self._dataset, slice(first + start, first + stop))
