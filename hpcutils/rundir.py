@@ -6,7 +6,8 @@ runs/digits-20260131-142501-3f9c/
     logs/restart-0/     rank-0.log …, batch.log    metrics.jsonl     one line an epoch
     checkpoints/        epoch-0003.keras           provenance.json   image, data and code digests, versions, Slurm job
     model.keras summary.txt model.png              result.json       the outcome; failure.json when it failed
-    exit_code           written last, by the batch script    stop    asks the ranks to stop after their epoch
+    exit_code           written last, by the batch script
+    stop                asks the ranks to stop after their epoch    stopped    rank 0's answer: they did, at a checkpoint
 """
 
 from __future__ import annotations
@@ -102,6 +103,11 @@ class RunDirectory:
     def stop(self) -> Path:
         """A file that asks the ranks to stop after their epoch; the batch script makes it when the time limit is near."""
         return self.path / "stop"
+
+    @property
+    def stopped(self) -> Path:
+        """A file by which rank 0 says that all ranks stopped at a checkpoint, to be run again."""
+        return self.path / "stopped"
 
     @property
     def exit_code(self) -> Path:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hpcutils.data.room import usable_bytes
 from hpcutils.errors import DataError
 from hpcutils.log import LOGGER
 
@@ -25,10 +26,9 @@ WINDOW_SHARE = 0.25
 
 
 def free_memory_bytes() -> int:
-    """Return what a window could take: free RAM, and no more than /dev/shm has room for."""
-    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo").read_text().splitlines()
-    available = next((int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable")), pages)
+    """Return what a window could take: memory that the ranks may use, and no more than /dev/shm has room for."""
+    usable = usable_bytes()
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if usable is None else usable
     shm = os.statvfs("/dev/shm") if Path("/dev/shm").is_dir() else None
     return min(available, shm.f_bavail * shm.f_frsize) if shm is not None else available
 

@@ -136,11 +136,12 @@ def _setup_lines(run: RunDirectory) -> list[str]:
 
     bash runs a trap only between commands, or while it waits: so srun goes to the background and the shell waits for it.
     """
-    logs, stop = shlex.quote(str(run.logs)), shlex.quote(str(run.stop))
+    logs, stop, stopped, failure = (shlex.quote(str(path)) for path in (run.logs, run.stop, run.stopped, run.failure))
     return [
         f'mkdir -p {logs}/"restart-${{SLURM_RESTART_COUNT:-0}}"',
         f'ln -sfn "restart-${{SLURM_RESTART_COUNT:-0}}" {logs}/current',
-        f"rm -f {stop}",
+        # What an earlier start left: it must not speak for this one.
+        f"rm -f {stop} {stopped} {failure}",
         f"trap 'touch {stop}' USR2",
         "srun() {",
         '  command srun "$@" &',
@@ -153,13 +154,19 @@ def _setup_lines(run: RunDirectory) -> list[str]:
 def _teardown_lines(run: RunDirectory) -> list[str]:
     """Lines after srun: requeue a job that stopped at a checkpoint, else leave the exit code where any host can read it.
 
+    What the ranks wrote counts, not srun's code: as soon as one rank ends with another code than 0, srun ends the others, and
+    its own code may be that of a rank which it terminated (143) on its way out.
     Requeueing happens here, on the host: `scontrol` is not to be had inside a container.
     """
-    target, result = shlex.quote(str(run.exit_code)), shlex.quote(str(run.result))
+    target, result, failure, stopped = (shlex.quote(str(path)) for path in (run.exit_code, run.result, run.failure, run.stopped))
     return [
         "code=$?",
-        f'if [ "$code" -eq {EXIT_REQUEUE} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {MAX_RESTARTS} ]; then',
-        '  scontrol requeue "$SLURM_JOB_ID" && exit 0',
+        f"if [ -f {stopped} ]; then",
+        f"  code={EXIT_REQUEUE}",
+        f'  [ "${{SLURM_RESTART_COUNT:-0}}" -ge {MAX_RESTARTS} ] || {{ scontrol requeue "$SLURM_JOB_ID" && exit 0; }}',
+        f'elif [ "$code" -ne 0 ] && [ -f {failure} ]; then',
+        f"  cause=$(sed -n 's/^ *\"exit_code\": \\([0-9]*\\).*/\\1/p' {failure})",
+        "  code=${cause:-$code}",
         "fi",
         # srun can end with 0 although no rank was launched: only a result is a success.
         f'if [ "$code" -eq 0 ] && [ ! -f {result} ]; then code={JobFailedError.exit_code}; fi',

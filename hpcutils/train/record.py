@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from hpcutils import fs
 from hpcutils.data.order import Certificate, certificate_of
 from hpcutils.errors import EXIT_REQUEUE, DataError
 from hpcutils.log import LOGGER
@@ -151,6 +152,9 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
             save_checkpoint(self.template, self.run, done, self.job.checkpoints.keep)
         if stop:
             LOGGER.warning("the time limit is near: stopping after epoch %d to be run again", done)
+            if self.ranks.world.rank == 0:
+                # Before the first rank goes: srun ends the others then, this one perhaps among them.
+                fs.write_text(self.run.stopped, f"{done}\n")
             self.ranks.barrier()
             raise SystemExit(EXIT_REQUEUE)
 

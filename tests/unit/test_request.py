@@ -1,6 +1,8 @@
 """What Slurm is asked for: the batch script as a golden file, and the layouts."""
 
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -51,6 +53,37 @@ def test_batch_script(name, resources, image, slurm_on_path):
         golden.parent.mkdir(parents=True, exist_ok=True)
         golden.write_text(text)
     assert text == golden.read_text()
+
+
+FAILED = json.dumps({"rank": 1, "message": 'data "exit_code": 99', "exit_code": 5, "hint": ""}, indent=2)
+
+
+@pytest.mark.parametrize(
+    "srun, files, restarts, requeued, code",
+    [
+        (0, {"result.json": "{}"}, 0, False, 0),
+        (0, {}, 0, False, 9),  # srun ended well, and nothing had run
+        (137, {}, 0, False, 137),
+        (5, {"failure.json": FAILED}, 0, False, 5),
+        (143, {"failure.json": FAILED}, 0, False, 5),  # srun's code is that of a rank which it ended itself
+        (75, {"stopped": "2"}, 0, True, None),
+        (143, {"stopped": "2"}, 0, True, None),
+        (75, {"stopped": "2"}, 3, False, 75),
+    ],
+)
+def test_how_a_batch_script_ends(tmp_path, srun, files, restarts, requeued, code):
+    run = RunDirectory(tmp_path / "runs" / "a run")
+    run.path.mkdir(parents=True)
+    for name, content in files.items():
+        (run.path / name).write_text(content)
+    lines = plan_request(digits(), run, None, tmp_path).parameters["teardown"]
+    script = "\n".join(['scontrol() { echo "$@"; }', f"SLURM_JOB_ID=7 SLURM_RESTART_COUNT={restarts}", f"(exit {srun})", *lines])
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert (done.stdout == "requeue 7\n") is requeued
+    assert done.returncode == (code or 0)
+    assert run.exit_code.exists() is not requeued
+    assert requeued or run.exit_code.read_text() == f"{code}\n"
 
 
 def test_layouts():

@@ -18,7 +18,7 @@
 # setup
 mkdir -p /shared/runs/digits-20260131-142501-3f9c/logs/"restart-${SLURM_RESTART_COUNT:-0}"
 ln -sfn "restart-${SLURM_RESTART_COUNT:-0}" /shared/runs/digits-20260131-142501-3f9c/logs/current
-rm -f /shared/runs/digits-20260131-142501-3f9c/stop
+rm -f /shared/runs/digits-20260131-142501-3f9c/stop /shared/runs/digits-20260131-142501-3f9c/stopped /shared/runs/digits-20260131-142501-3f9c/failure.json
 trap 'touch /shared/runs/digits-20260131-142501-3f9c/stop' USR2
 srun() {
   command srun "$@" &
@@ -33,8 +33,12 @@ srun --unbuffered --output /shared/runs/digits-20260131-142501-3f9c/.submitit/%j
 
 # teardown
 code=$?
-if [ "$code" -eq 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; then
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+if [ -f /shared/runs/digits-20260131-142501-3f9c/stopped ]; then
+  code=75
+  [ "${SLURM_RESTART_COUNT:-0}" -ge 3 ] || { scontrol requeue "$SLURM_JOB_ID" && exit 0; }
+elif [ "$code" -ne 0 ] && [ -f /shared/runs/digits-20260131-142501-3f9c/failure.json ]; then
+  cause=$(sed -n 's/^ *"exit_code": \([0-9]*\).*/\1/p' /shared/runs/digits-20260131-142501-3f9c/failure.json)
+  code=${cause:-$code}
 fi
 if [ "$code" -eq 0 ] && [ ! -f /shared/runs/digits-20260131-142501-3f9c/result.json ]; then code=9; fi
 echo "$code" > /shared/runs/digits-20260131-142501-3f9c/exit_code.part && mv /shared/runs/digits-20260131-142501-3f9c/exit_code.part /shared/runs/digits-20260131-142501-3f9c/exit_code
