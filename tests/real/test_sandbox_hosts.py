@@ -95,16 +95,19 @@ def test_exec_passes_signals_once(box: Sandbox) -> None:
 
 
 def test_exec_stops_and_goes_on(box: Sandbox) -> None:
-    with subprocess.Popen(box.argv("exec", "--", "sleep", "1000")) as command:
-        children = Path(f"/proc/{command.pid}/task/{command.pid}/children")
-        wait_until(children.read_text)
-        child = int(children.read_text())
-        wait_until(lambda: Path(f"/proc/{child}/comm").read_text() == "sleep\n")
-        command.send_signal(signal.SIGTSTP)
-        wait_until(lambda: state(command.pid) == state(child) == "T")
-        command.send_signal(signal.SIGCONT)
-        wait_until(lambda: state(command.pid) == state(child) == "S")
-        command.kill()
+    # A process group of its own: the kernel ignores SIGTSTP for a group without a parent in its session, and the test's may be one.
+    with subprocess.Popen(box.argv("exec", "--", "sleep", "1000"), process_group=0) as command:
+        try:
+            children = Path(f"/proc/{command.pid}/task/{command.pid}/children")
+            wait_until(children.read_text)
+            child = int(children.read_text())
+            wait_until(lambda: Path(f"/proc/{child}/comm").read_text() == "sleep\n")
+            command.send_signal(signal.SIGTSTP)
+            wait_until(lambda: state(command.pid) == state(child) == "T")
+            command.send_signal(signal.SIGCONT)
+            wait_until(lambda: state(command.pid) == state(child) == "S")
+        finally:
+            command.kill()
         wait_until(lambda: not Path(f"/proc/{child}").exists())
 
 
