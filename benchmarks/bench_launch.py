@@ -1,6 +1,6 @@
 """What the launcher costs: `--help` beside importing click, `submit` beside a ten-line submitit script, in one run.
 
-python benchmarks/bench_launch.py        (as root; starts a sandbox cluster; the image must be built)
+python -m benchmarks.bench_launch        (as root; starts a sandbox cluster; the image must be built)
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from cluster import ENVIRONMENT, on_login, sandbox
-from harness import compare
+from benchmarks.cluster import ENVIRONMENT, on_login, sandbox
+from benchmarks.harness import compare
 
 PYTHON = str(Path(sys.executable))
 SCRIPT = """\

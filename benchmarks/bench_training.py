@@ -1,6 +1,6 @@
 """Steps per second and memory of a rank: hpcutils beside a hand-written Horovod script; same model, data, image, cluster.
 
-    python benchmarks/bench_training.py [EPOCHS]      (as root; starts a sandbox cluster; the image must be built)
+    python -m benchmarks.bench_training [EPOCHS]      (as root; starts a sandbox cluster; the image must be built)
 
 Both run alternately through srun and the SIF on two nodes with one rank each. The first two epochs (tracing) are left out; both
 count the steps that they took. hpcutils also validates in each epoch: that is not in its epoch's time, since the script does not.
@@ -13,7 +13,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from cluster import ROOT, on_login, sandbox
+from benchmarks.cluster import ROOT, on_login, sandbox
 
 EPOCHS = int(sys.argv[1]) if len(sys.argv) > 1 else 30
 PAIRS = 5
