@@ -65,6 +65,10 @@ class Order:
         """Return the number of samples in a global batch: `batch_size` for all but perhaps the last."""
         return min(self.batch_size, self.samples - step * self.batch_size)
 
+    def weight(self, step: int) -> float:
+        """Return what a real row of global batch `step` weighs, so that the mean of the ranks' mean losses is the batch's mean."""
+        return self.world_size * self.local_rows / self.batch_samples(step)
+
     def permutation(self, epoch: int) -> Rows:
         """Return the order of an epoch: `(samples,)` int64."""
         if not self.shuffle:
@@ -80,7 +84,7 @@ class Order:
         # Padding takes real samples of the same batch, never zeros: a loss that is not finite at zero would turn 0 * inf into NaN.
         rows = batch[np.arange(first, first + self.local_rows) % len(batch)]
         weights = np.zeros(self.local_rows, np.float32)
-        weights[:real] = self.world_size * self.local_rows / len(batch)
+        weights[:real] = self.weight(step)
         return Cut(rows, weights, real)
 
     def digest(self) -> tuple[Any, ...]:

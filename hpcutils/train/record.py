@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
+from numpy.typing import NDArray
 
 from hpcutils import fs
 from hpcutils.data.order import Certificate, certificate_of
@@ -18,34 +20,41 @@ from hpcutils.specs.job import Job
 from hpcutils.train.checkpoint import save_checkpoint
 from hpcutils.train.feed import ShardedSequence
 from hpcutils.train.ranks import Ranks
+from hpcutils.train.steps import STEPS_PER_CALL, StepRunner
+
+Values: TypeAlias = NDArray[np.float64]
 
 
 class Tally:
-    """Metrics of one pass over a sequence, exact over all ranks.
+    """Metrics of one pass over a sequence, exact over all samples of all ranks.
 
-    Keras weighs the loss of every step alike, also that of the last, smaller global batch. The loss tracker is read once before
-    that last step, so that its share can be put right.
+    Keras counts every step alike, also the last, smaller global batch, whose samples weigh more so that its gradient is a true
+    mean. What the metrics held before that last step is remembered; so its share can be put right.
 
     Args:
         model: The compiled model.
+        step: Its `train_step` or `test_step`.
         sequence: What it runs over.
         ranks: Who else runs.
+
+    Attributes:
+        runner: What runs the steps.
     """
 
-    def __init__(self, model: Any, sequence: ShardedSequence, ranks: Ranks) -> None:
+    def __init__(self, model: Any, step: Callable[[Any], Any], sequence: ShardedSequence, ranks: Ranks) -> None:
         self.model, self.sequence, self.ranks = model, sequence, ranks
+        self.runner = StepRunner(model, step, sequence.order.steps, self._before_last_step)
         self._loss = next(metric for metric in model.metrics if metric.name == "loss")
-        self._before_last = 0.0
+        self._before: dict[int, Values] = {}
 
     def begin(self, epoch: int) -> None:
         """Start a pass."""
         self.sequence.begin_epoch(epoch)
-        self._before_last = 0.0
+        self.runner.begin()
+        self._before = {}
 
-    def step_done(self, step: int) -> None:
-        """Note the loss so far when only the last step is left."""
-        if step == self.sequence.order.steps - 2:
-            self._before_last = float(self._loss.total)
+    def _before_last_step(self) -> None:
+        self._before = {id(variable): values_of(variable) for variable in self.model.metrics_variables}
 
     def finish(self) -> dict[str, float]:
         """Return the metrics over all samples of all ranks, and check that each sample was seen once.
@@ -54,25 +63,27 @@ class Tally:
             DataError: The samples that the ranks took are not the dataset.
         """
         self._check_coverage()
-        order = self.sequence.order
-        loss = self._true_mean(order.steps, order.batch_samples(order.steps - 1), order.batch_size, order.samples)
-        variables = self.model.metrics_variables
-        # States of metrics (sums, counts, confusion counts) add up over ranks; their results do not.
-        flat = np.concatenate([np.ravel(keras.ops.convert_to_numpy(v)).astype(np.float64) for v in variables])
-        total, start = self.ranks.sum(flat), 0
-        for variable in variables:
-            size = int(np.prod(variable.shape))
-            variable.assign(total[start : start + size].reshape(variable.shape).astype(variable.dtype))
-            start += size
+        loss = self._true_mean_loss()
+        variables = [variable for variable in self.model.metrics_variables if variable.dtype.startswith("float")]
+        # States of metrics (sums, counts, confusion counts) add up over samples and ranks; their results do not.
+        assign_flat(variables, self.ranks.sum(flat([self._by_sample(variable) for variable in variables])))
         values = {name: float(value) for name, value in self.model.get_metrics_result().items()}
         return values | {"loss": loss}
 
-    def _true_mean(self, steps: int, last: int, full: int, samples: int) -> float:
+    def _by_sample(self, variable: Any) -> Values:
+        """Return a metric's state with every sample counted as 1, whatever it weighed in its batch."""
+        order, after = self.sequence.order, values_of(variable)
+        before = self._before.get(id(variable), np.zeros_like(after))
+        return before / order.weight(0) + (after - before) / order.weight(order.steps - 1)
+
+    def _true_mean_loss(self) -> float:
         """Return the mean loss over samples; each step's loss is the mean over ranks of what they saw."""
-        weight = float(self._loss.count) / steps
-        parts = np.array([self._before_last, float(self._loss.total) - self._before_last]) / weight
-        before, tail = self.ranks.sum(parts) / self.ranks.world.world_size
-        return float(before * full + tail * last) / samples
+        order = self.sequence.order
+        last, after = order.batch_samples(order.steps - 1), float(self._loss.total)
+        before = float(self._before.get(id(self._loss.total), np.zeros(())))
+        weight = float(self._loss.count) / order.steps
+        before, tail = self.ranks.sum(np.array([before, after - before]) / weight) / self.ranks.world.world_size
+        return float(before * order.batch_size + tail * last) / order.samples
 
     def _check_coverage(self) -> None:
         seen = Certificate()
@@ -92,6 +103,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
     Args:
         run: The run directory.
         job: The job.
+        model: The compiled model that is trained; its steps are run by this recorder's tallies.
         template: The model to save.
         ranks: All ranks.
         training: The training data.
@@ -102,6 +114,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         self,
         run: RunDirectory,
         job: Job,
+        model: Any,
         template: Any,
         ranks: Ranks,
         training: ShardedSequence,
@@ -111,28 +124,24 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         self.run, self.job, self.template, self.ranks = run, job, template, ranks
         self.training, self.validation = training, validation
         self.history: list[dict[str, Any]] = []
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        self._train = Tally(self.model, self.training, self.ranks)
-        self._held_out = Tally(self.model, self.validation, self.ranks) if self.validation is not None else None
+        self._train = Tally(model, model.train_step, training, ranks)
+        # Before `fit` begins: it looks at both then.
+        model.train_function, model.steps_per_execution = self._train.runner, STEPS_PER_CALL
+        self._held_out = None
+        if validation is not None:
+            self._held_out = Tally(model, model.test_step, validation, ranks)
+            model.test_function = self._held_out.runner
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._train.begin(epoch)
         self._values: dict[str, float] = {}
         self._started = time.perf_counter()
 
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._train.step_done(batch)
-
     def on_test_begin(self, logs: Any = None) -> None:
         # Keras clears the metrics right after this call.
         self._finish_training()
         if self._held_out is not None:
             self._held_out.begin(0)
-
-    def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
-        if self._held_out is not None:
-            self._held_out.step_done(batch)
 
     def on_test_end(self, logs: Any = None) -> None:
         if self._held_out is not None:
@@ -187,13 +196,26 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
 def average_state(model: Any, ranks: Ranks) -> None:
     """Average what training changes without gradients (batch normalisation's moving statistics) over the ranks."""
     variables = [v for v in model.non_trainable_variables if v.dtype.startswith("float")]
-    if ranks.comm is None or not variables:
-        return
-    flat = np.concatenate([np.ravel(keras.ops.convert_to_numpy(v)).astype(np.float64) for v in variables])
-    mean, start = ranks.sum(flat) / ranks.world.world_size, 0
+    if ranks.comm is not None and variables:
+        assign_flat(variables, ranks.sum(flat([values_of(v) for v in variables])) / ranks.world.world_size)
+
+
+def values_of(variable: Any) -> Values:
+    """Return a variable's values as float64."""
+    return np.asarray(keras.ops.convert_to_numpy(variable), np.float64)
+
+
+def flat(arrays: list[Values]) -> Values:
+    """Return all values in one array `(n,)`."""
+    return np.concatenate([array.ravel() for array in arrays])
+
+
+def assign_flat(variables: list[Any], values: Values) -> None:
+    """Give `values`, flattened as by `flat`, to the variables."""
+    start = 0
     for variable in variables:
         size = int(np.prod(variable.shape))
-        variable.assign(mean[start : start + size].reshape(variable.shape).astype(variable.dtype))
+        variable.assign(values[start : start + size].reshape(variable.shape).astype(variable.dtype))
         start += size
 
 
@@ -203,7 +225,5 @@ def forget_epochs(run: RunDirectory, done: int) -> list[dict[str, Any]]:
         return []
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     kept = [line for line in lines if line["epoch"] <= done]
-    from hpcutils import fs
-
     fs.write_text(run.metrics, "".join(json.dumps(line) + "\n" for line in kept))
     return kept

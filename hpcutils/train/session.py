@@ -50,7 +50,7 @@ def run(job: Job, run: RunDirectory, ranks: Ranks, staged: dict[str, Staged], de
             describe(template, run)
             announce(job, ranks, training, len(device_names), reducer)
 
-        recorder = Recorder(run, job, template, ranks, training, validation)
+        recorder = Recorder(run, job, model, template, ranks, training, validation)
         model.fit(
             training,
             validation_data=validation,

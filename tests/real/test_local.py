@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -26,11 +28,26 @@ def train(folder: Path, *words: str) -> tuple[dict, list[dict]]:
     return result, [json.loads(line) for line in (Path(result["path"]) / "metrics.jsonl").read_text().splitlines()]
 
 
+def held_out() -> tuple[np.ndarray, np.ndarray]:
+    with h5py.File(DIGITS.parent / "digits.h5") as file:
+        return file["images"][1437:].astype("float32") / 16, np.eye(10)[file["labels"][1437:]]
+
+
+def evaluate(path: Path, images: np.ndarray, labels: np.ndarray) -> list[float]:
+    import keras
+
+    return keras.models.load_model(path).evaluate(images, labels, batch_size=len(images), verbose=0)
+
+
 def test_in_this_process(tmp_path):
     result, lines = train(tmp_path)
     assert result["accuracy"] >= 0.96
     assert (result["world_size"], result["replicas"], result["coverage"], result["reducer"]) == (1, 1, "exact", "none")
     assert [line["samples"] for line in lines] == [1437] * 14
+    # Keras' own figures, from the saved model and the held-out samples in one batch, without padding and weights.
+    images, labels = held_out()
+    loss, accuracy = evaluate(Path(result["path"]) / "model.keras", images, labels)
+    assert (lines[-1]["val_loss"], lines[-1]["val_accuracy"]) == (pytest.approx(loss, abs=1e-5), pytest.approx(accuracy, abs=1e-6))
 
 
 @pytest.mark.mpi
