@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pwd
@@ -94,7 +95,8 @@ def own(path: Path) -> None:
 def cluster() -> Iterator[Cluster]:
     require(os.geteuid() == 0, "root, for the sandbox cluster")
     require(shutil.which("slurmctld") is not None, "slurm-wlm")
-    name = "tests"
+    # One of this checkout's own: what a killed run left is replaced, and two checkouts do not meet.
+    name = f"tests-{hashlib.sha256(str(ROOT).encode()).hexdigest()[:6]}"
     environ = os.environ | {"HPCUTILS_SANDBOX_NAME": name}
     subprocess.run([str(SANDBOX), "up", "--replace", "--nodes", "2", "--gpus", "4"], env=environ, check=True)
     home = Path(pwd.getpwnam(USER).pw_dir) / f"tests-{os.getpid()}"
