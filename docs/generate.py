@@ -24,9 +24,15 @@ def command_page() -> str:
     for name in COMMANDS:
         command = cli.get_command(click.Context(cli), name)
         assert command is not None
-        context = click.Context(command, info_name=f"hpcutils {name}", max_content_width=100, terminal_width=100)
-        parts += [f"## {name}", "", "```text", command.get_help(context), "```", ""]
+        parts += _help(name, command)
+        if isinstance(command, click.Group):
+            parts += [line for word, inner in command.commands.items() for line in _help(f"{name} {word}", inner)]
     return "\n".join(parts)
+
+
+def _help(name: str, command: click.Command) -> list[str]:
+    context = click.Context(command, info_name=f"hpcutils {name}", max_content_width=100, terminal_width=100)
+    return [f"## {name}", "", "```text", command.get_help(context), "```", ""]
 
 
 def main() -> None:

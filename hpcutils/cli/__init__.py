@@ -16,6 +16,7 @@ COMMANDS = {
     "logs": ("hpcutils.cli.logs", "Print the log of a rank."),
     "cancel": ("hpcutils.cli.cancel", "Cancel a run."),
     "build": ("hpcutils.cli.build", "Build a container image from a recipe."),
+    "image": ("hpcutils.cli.image", "List, test, verify, compare, lock and publish images."),
     "summary": ("hpcutils.cli.summary", "Print the layers of a model."),
     "plot": ("hpcutils.cli.plot", "Draw a model."),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -14,34 +14,49 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("name")
-@click.option("--dry-run", is_flag=True, help="Print what would be made, and the definition; make nothing.")
-@click.option("--dockerfile", is_flag=True, help="Print the Dockerfile of the same steps; make nothing.")
+@click.option(
+    "--format",
+    "image_format",
+    type=click.Choice(["apptainer", "docker"]),
+    default="apptainer",
+    show_default=True,
+    help="A SIF, or an OCI archive for Docker, Podman and Pyxis.",
+)
+@click.option("--dry-run", is_flag=True, help="Print what would be made, and the whole definition; make nothing.")
+@click.option("--builder", metavar="NAME", help="apptainer, docker, buildah or podman; the first that works when left out.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--force", is_flag=True, help="Make every layer again, though it is there.")
-@click.option("--prune", is_flag=True, help="Remove the older images of this recipe afterwards.")
-def build(name: str, dry_run: bool, dockerfile: bool, as_json: bool, force: bool, prune: bool) -> None:
+@click.option("--prune", is_flag=True, help="Remove all older images of this recipe afterwards, but those of jobs in the queue.")
+def build(
+    name: str,
+    image_format: Literal["apptainer", "docker"],
+    dry_run: bool,
+    builder: str | None,
+    as_json: bool,
+    force: bool,
+    prune: bool,
+) -> None:
     """Build the image of the recipe NAME, or of a recipe's FILE.toml, and print its path.
 
     Only what changed is made: after a change of hpcutils' own code that takes seconds.
     """
     from hpcutils.image.plan import plan_build
 
-    plan = plan_build(name, force=force)
-    if dockerfile:
-        click.echo(plan.dockerfile(), nl=False)
-    elif dry_run:
+    plan = plan_build(name, format=image_format, force=force)
+    if dry_run:
         click.echo(json.dumps(plan.as_dict()) if as_json else plan.describe(), nl=as_json)
     else:
-        built = _build(plan, prune)
+        built = _build(plan, builder, prune)
         click.echo(json.dumps(built.as_dict()) if as_json else built.path)
 
 
-def _build(plan: BuildPlan, prune: bool) -> Built:
+def _build(plan: BuildPlan, builder: str | None, prune: bool) -> Built:
     from hpcutils import log
-    from hpcutils.image import build
+    from hpcutils.image.build import run_build
+    from hpcutils.image.retention import prune as remove_older
 
     log.configure()
-    built = build.run_build(plan)
-    for path in build.prune(plan) if prune else ():
-        log.LOGGER.info(f"removed {path}")
+    built = run_build(plan, builder)
+    if prune:
+        remove_older(plan)
     return built

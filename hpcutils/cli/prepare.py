@@ -5,21 +5,23 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from hpcutils import shell
-from hpcutils.errors import DataError, ImageError
-from hpcutils.hashing import digest_file
-from hpcutils.image.find import Image, find_image
+from hpcutils.errors import DataError
+from hpcutils.image.find import Image
+from hpcutils.image.listing import known_image
+from hpcutils.image.trust import verify
 from hpcutils.launch.executor import batch_script
 from hpcutils.launch.request import Request, plan_request
 from hpcutils.launch.runs import runs_folder
 from hpcutils.rundir import RunDirectory, new_run_id
 from hpcutils.specs.job import Job, gpus_per_node, load_job
+from hpcutils.specs.site import Site, load_site
 
 Overrides = Mapping[tuple[str | int, ...], tuple[str, Any]]
 
@@ -46,39 +48,34 @@ class Plan:
             make_data(self.data_argv, self.request.job, self.job_folder)
 
     def image_record(self) -> dict[str, Any] | None:
-        """Return what the run's record says of the image; one that nobody built here is hashed now."""
+        """Return what the run's record says of the image."""
         image = self.image
         if image is None:
             return None
-        sha256 = image.sha256 or digest_file(image.path)
-        return {"name": image.name, "path": str(image.path), "sha256": sha256, "digest": image.digest or None}
+        return {"name": image.name, "path": str(image.path), "sha256": image.sha256, "digest": image.digest or None}
 
 
 def plan(job_file: Path, overrides: Overrides, image_name: str | None, runs: str | None) -> Plan:
     """Check everything that can be checked here and return the plan; nothing is written."""
-    job = load_job(job_file, overrides)
+    job, site = load_job(job_file, overrides), load_site()
     folder = job_file.resolve().parent
     name = image_name or job.image
     gpus_per_node(job.resources)  # what cannot be laid out is said before an image is looked for
     run = RunDirectory(runs_folder(runs) / new_run_id(job.name))
-    image = checked_image(name) if name is not None else None
-    request = plan_request(job, run, image.path if image is not None else None, folder)
+    image = checked_image(name, site) if name is not None else None
+    variant = image.sidecar.get("variant", "cuda") if image is not None else "cpu"
+    request = plan_request(job, run, image.path if image is not None else None, folder, site, variant)
     return Plan(request, folder, image, data_argv(job, folder))
 
 
-def checked_image(name: str) -> Image:
-    """Return the image called `name`.
+def checked_image(name: str, site: Site) -> Image:
+    """Return the image called `name`: the very file that was built or published, with the site's signature where it has one.
 
     Raises:
-        ImageError: There is none, or the file has another size than when it was built.
+        ImageError: There is none, it was withdrawn, or it was altered.
     """
-    image = find_image(name)
-    built_bytes = image.sidecar.get("size_bytes")
-    if built_bytes is not None and image.path.stat().st_size != built_bytes:
-        raise ImageError(
-            f"{image.path} is not the file that was built: its size differs", f"build it again: hpcutils build {image.name}"
-        )
-    return image
+    image, published = known_image(name, site)
+    return replace(image, sha256=verify(image, published, name).sha256)
 
 
 def data_argv(job: Job, folder: Path) -> tuple[str, ...] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hpcutils.specs.recipe import Base
+from hpcutils.specs.recipe import DebianBase
 
 # What an image says about where packages come from: the distribution's own public names, whatever the builder used.
 PUBLIC_SOURCES = (
@@ -22,7 +22,7 @@ def public_sources(suite: str) -> str:
     return "".join(line.format(suite=suite) + "\n" for line in PUBLIC_SOURCES)
 
 
-def bootstrap_options(base: Base) -> tuple[str, ...]:
+def bootstrap_options(base: DebianBase) -> tuple[str, ...]:
     """Return mmdebstrap's options: all that decides what is in the base."""
     lines = " ".join(f"'{line}'" for line in public_sources(base.suite).splitlines())
     return (
@@ -37,7 +37,7 @@ def bootstrap_options(base: Base) -> tuple[str, ...]:
     )
 
 
-def bootstrap_argv(base: Base, sources: Path, archive: Path) -> list[str]:
+def bootstrap_argv(base: DebianBase, sources: Path, archive: Path) -> list[str]:
     """Return the command that makes the base's archive from what `sources` (a sources.list) offers.
 
     Run it with `bootstrap_environment`: equal packages then give equal bytes.
@@ -45,6 +45,6 @@ def bootstrap_argv(base: Base, sources: Path, archive: Path) -> list[str]:
     return ["mmdebstrap", "--mode=unshare", "--format=tar", *bootstrap_options(base), base.suite, str(archive), str(sources)]
 
 
-def bootstrap_environment(base: Base, temporary: Path) -> dict[str, str]:
+def bootstrap_environment(base: DebianBase, temporary: Path) -> dict[str, str]:
     """Return the variables that mmdebstrap needs beside a plain environment."""
     return {"SOURCE_DATE_EPOCH": str(base.epoch), "TMPDIR": str(temporary)}

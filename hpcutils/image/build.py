@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
+import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +16,38 @@ import hpcutils
 from hpcutils.errors import ImageError
 from hpcutils.fs import publish, publishing, remove, temporary_beside, write_text
 from hpcutils.hashing import digest_file
+from hpcutils.image.builders import Finding, check_builder_rights, choose, explain, gather_facts, look_for_builders
 from hpcutils.image.digest import base_digest, environment_digest, wheels_digest
-from hpcutils.image.find import find_builder, read_sidecar, sidecar_of
-from hpcutils.image.layers import Workbench, make_base, make_environment, make_image, self_test, versions
+from hpcutils.image.exec_line import exec_argv
+from hpcutils.image.find import read_sidecar, sbom_of, sidecar_of
+from hpcutils.image.layers import Workbench, make_base, make_environment, make_image, plain_environment, versions
 from hpcutils.image.machine import Machine
-from hpcutils.image.plan import SHORT, BuildPlan
+from hpcutils.image.oci import Engine, entering, make_oci
+from hpcutils.image.plan import SUFFIXES, BuildPlan
+from hpcutils.image.retention import tidy
+from hpcutils.image.sbom import cyclonedx
+from hpcutils.image.selftest import Report, run_self_tests
 from hpcutils.image.workspace import ending_on_sigterm, one_at_a_time, workspace
 from hpcutils.log import LOGGER
-from hpcutils.shell import run
+from hpcutils.specs.recipe import DebianBase
+from hpcutils.specs.site import load_site
 
-# From how many older images of a recipe on the user is told of them.
-MANY_IMAGES = 4
+__all__ = ["Built", "check_builder_rights", "run_build"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a build takes place.
+
+    Args:
+        bench: Folder, builder and settings.
+        builder: What builds, and why.
+        why: The same, in words.
+    """
+
+    bench: Workbench
+    builder: Finding
+    why: str
 
 
 @dataclass(frozen=True)
@@ -52,10 +75,14 @@ class Built:
         return {**vars(self), "path": str(self.path), "made": list(self.made)}
 
 
-def run_build(plan: BuildPlan) -> Built:
+def run_build(plan: BuildPlan, wanted: str | None = None) -> Built:
     """Make the layers that are missing, test the image, and publish it under its name.
 
     Until the last moment the old image keeps the name; a build that fails, or is ended, leaves nothing but finished layers.
+
+    Args:
+        plan: What to make.
+        wanted: The builder to use; the first that works when left out.
 
     Raises:
         ImageError: A layer could not be made, the self-test failed, or this user cannot build here.
@@ -64,74 +91,27 @@ def run_build(plan: BuildPlan) -> Built:
     if not plan.to_make():
         return _up_to_date(plan)
     name = plan.files.recipe.name
-    check_builder_rights()
-    builder = find_builder()
+    # A user's own variables win over the site's settings.
+    settings = {**load_site().build.environment(), **os.environ}
+    temporary = Path(settings.get("TMPDIR") or tempfile.gettempdir())
+    findings = look_for_builders(plan.format, gather_facts(temporary))
+    builder = choose(findings, wanted)
+    why = explain(builder, findings)
     with ending_on_sigterm(), one_at_a_time(plan.environment.parent / f".{name}.lock", f"waiting for another build of {name}"):
         # The one that was waited for may have made it.
         to_make = plan.to_make()
         if not to_make:
             return _up_to_date(plan)
+        LOGGER.info(f"{name}: {why}")
         started = time.monotonic()
-        with workspace() as folder:
-            bench = Workbench(builder, folder, Machine(os.environ, Path.home()))
-            seconds = _make(plan, to_make, bench)
+        with workspace(temporary) as folder:
+            place = Place(Workbench(builder.program, folder, Machine(settings, Path.home())), builder, why)
+            seconds = _make(plan, to_make, place)
         took = round(time.monotonic() - started, 1)
         sidecar = read_sidecar(plan.image)
         LOGGER.info(f"{name}: built in {took:g} s ({', '.join(f'{layer} {s:g} s' for layer, s in seconds.items())})")
-        _mention_older(plan)
+        tidy(plan)
         return Built(plan.image, plan.digest, sidecar["sha256"], sidecar["size_bytes"], to_make, took)
-
-
-def prune(plan: BuildPlan) -> list[Path]:
-    """Remove the older images and environments of the plan's recipe and return what was removed.
-
-    Jobs that wait for an older image will miss it: nothing does this unasked.
-    """
-    older = older_files(plan)
-    for path in older:
-        remove(sidecar_of(path))
-        remove(path)
-    return older
-
-
-def older_files(plan: BuildPlan) -> list[Path]:
-    """Return the images and environments of the plan's recipe that are not the plan's own."""
-    pattern = re.compile(rf"{re.escape(plan.files.recipe.name)}-[0-9a-f]{{{SHORT}}}\.sif")
-    found = [*plan.image.parent.glob("*.sif"), *plan.environment.parent.glob("*.sif")]
-    return sorted(path for path in found if pattern.fullmatch(path.name) and path not in (plan.image, plan.environment))
-
-
-def check_builder_rights() -> None:
-    """Raise `ImageError` when this user cannot build: root without all its rights, or a user without a range of ids."""
-    user = os.environ.get("USER") or str(os.getuid())
-    if os.geteuid() == 0:
-        if not _has_all_capabilities():
-            raise ImageError(
-                "root cannot build images here: this machine withholds some of root's capabilities",
-                "build as an ordinary user that has a range in /etc/subuid and /etc/subgid (useradd gives one)",
-            )
-        return
-    probe = run(["unshare", "--map-root-user", "--map-auto", "true"], check=False)
-    if probe.returncode != 0:
-        raise ImageError(
-            f"user {user} cannot have a user namespace with a range of ids: {probe.stderr.strip()}",
-            f"as root: apt-get install uidmap; usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}",
-        )
-
-
-def _has_all_capabilities() -> bool:
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    held = int(next(line.split()[1] for line in status.splitlines() if line.startswith("CapPrm:")), 16)
-    newest = int(Path("/proc/sys/kernel/cap_last_cap").read_text(encoding="ascii"))
-    return held == (1 << newest + 1) - 1
-
-
-def _mention_older(plan: BuildPlan) -> None:
-    older = older_files(plan)
-    if len(older) > MANY_IMAGES:
-        size_gb = sum(path.stat().st_size for path in older) / 1e9
-        name = plan.files.recipe.name
-        LOGGER.info(f"{len(older)} older images of {name} take {size_gb:.1f} GB; 'hpcutils build {name} --prune' removes them")
 
 
 def _up_to_date(plan: BuildPlan) -> Built:
@@ -142,48 +122,91 @@ def _up_to_date(plan: BuildPlan) -> Built:
     return Built(plan.image, plan.digest, sidecar["sha256"], sidecar["size_bytes"], (), 0.0)
 
 
-def _make(plan: BuildPlan, to_make: tuple[str, ...], bench: Workbench) -> dict[str, float]:
+def _make(plan: BuildPlan, to_make: tuple[str, ...], place: Place) -> dict[str, float]:
     """Make and publish each layer in `to_make`; return how many seconds each took."""
-    seconds = {}
+    seconds: dict[str, float] = {}
     for layer in to_make:
         started = time.monotonic()
         LOGGER.info(f"{plan.files.recipe.name}: {layer}")
         if layer == "base":
-            make_base(plan.files.recipe.base, plan.base, bench)
+            assert isinstance(plan.files.recipe.base, DebianBase)
+            make_base(plan.files.recipe.base, plan.base, place.bench)
         elif layer == "environment":
-            make_environment(plan.files, plan.base, plan.wheels, plan.environment, bench)
+            make_environment(plan.files, plan.base, plan.wheels, plan.environment, place.bench)
         else:
-            _make_image(plan, bench)
+            _publish_image(plan, layer, place, seconds, started)
         seconds[layer] = round(time.monotonic() - started, 1)
     return seconds
 
 
-def _make_image(plan: BuildPlan, bench: Workbench) -> None:
-    """Append the code, test the result, and only then let it be seen: file, sidecar, name."""
-    with publishing(plan.image, suffix=".sif") as target:
-        make_image(plan.code, plan.environment, target, bench)
-        LOGGER.info("  self-test")
-        report = self_test(target, plan.files.self_test, bench.builder)
-        sidecar = {
-            "schema": 1,
-            "name": plan.files.recipe.name,
-            "digest": plan.digest,
-            "sha256": digest_file(target),
-            "size_bytes": target.stat().st_size,
-            "hpcutils": hpcutils.__version__,
-            "layers": {
-                "base": {"digest": base_digest(plan.files.recipe.base), **read_sidecar(plan.base)},
-                "environment": {"digest": environment_digest(plan.files)},
-                "wheels": {"digest": wheels_digest(plan.files)},
-            },
-            "tools": versions(bench.builder),
-            "python": report["python"],
-            "packages": report["packages"],
-            "self_test": report["checks"],
-        }
+def _publish_image(plan: BuildPlan, layer: str, place: Place, seconds: dict[str, float], started: float) -> None:
+    """Put the image together, test it, and only then let it be seen: its file, what is known of it, its name."""
+    with publishing(plan.image, suffix=SUFFIXES[plan.format]) as target, _taking_back(plan):
+        report = _make_sif(plan, target, place) if plan.format == "apptainer" else _make_archive(plan, target, place)
+        if report.failed():
+            raise ImageError("\n".join(["the image was built, but its self-test failed:", *report.failed()]))
+        spent = {**seconds, layer: round(time.monotonic() - started, 1)}
+        sidecar = _sidecar(plan, target, place, report, spent)
+        bill = cyclonedx(plan.files.recipe.name, plan.digest, sidecar["sha256"], report.packages)
         # Before the image: one without a sidecar would count as unfinished, one with the old sidecar must not be seen.
+        write_text(sbom_of(plan.image), json.dumps(bill, indent=1) + "\n")
         write_text(sidecar_of(plan.image), json.dumps(sidecar, indent=1) + "\n")
     _link(plan)
+
+
+@contextlib.contextmanager
+def _taking_back(plan: BuildPlan) -> Iterator[None]:
+    """Remove what was written beside an image that then did not come."""
+    try:
+        yield
+    except BaseException:
+        if not plan.image.exists():
+            remove(sbom_of(plan.image))
+            remove(sidecar_of(plan.image))
+        raise
+
+
+def _make_sif(plan: BuildPlan, target: Path, place: Place) -> Report:
+    """Append the code to the environment, and test the result."""
+    make_image(plan.code, plan.environment, target, place.bench)
+    LOGGER.info("  self-test")
+    return run_self_tests(exec_argv(target, program=place.builder.program), plain_environment())
+
+
+def _make_archive(plan: BuildPlan, target: Path, place: Place) -> Report:
+    """Build the Dockerfile, and test the archive as whoever gets it will see it."""
+    engine = Engine(place.builder.name, place.builder.program, place.bench.folder)
+    make_oci(plan.files, plan.code, plan.base, plan.wheels, target, engine, place.bench)
+    LOGGER.info("  self-test")
+    with entering(engine, target) as enter:
+        return run_self_tests(enter, plain_environment())
+
+
+def _sidecar(plan: BuildPlan, target: Path, place: Place, report: Report, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Return all that is known of a finished image."""
+    recipe = plan.files.recipe
+    return {
+        "schema": 2,
+        "name": recipe.name,
+        "summary": recipe.summary,
+        "variant": recipe.variant,
+        "format": plan.format,
+        "digest": plan.digest,
+        "sha256": digest_file(target),
+        "size_bytes": target.stat().st_size,
+        "hpcutils": hpcutils.__version__,
+        "layers": {
+            "base": {"digest": base_digest(recipe.base), **read_sidecar(plan.base)},
+            "environment": {"digest": environment_digest(plan.files)},
+            "wheels": {"digest": wheels_digest(plan.files)},
+        },
+        "builder": {"name": place.builder.name, "version": place.builder.version, "why": place.why},
+        "tools": versions(place.builder.name, place.builder.program),
+        "seconds": dict(seconds),
+        "python": report.python,
+        "packages": {kind: dict(found) for kind, found in report.packages.items()},
+        "self_test": [dict(check) for check in report.checks],
+    }
 
 
 def _link(plan: BuildPlan) -> None:

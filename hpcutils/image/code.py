@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import hpcutils
 from hpcutils.image.render import PYTHON
+from hpcutils.specs.recipe import RecipeFiles
 
 # The date of every file of hpcutils in an image: what they say counts, not when they were written.
 DATE_S = 1735689600
@@ -41,6 +43,14 @@ def code_files(package: Path | None = None) -> tuple[CodeFile, ...]:
     found = sorted(path for path in root.rglob("*") if path.is_file() and _belongs(path.relative_to(root)))
     code = [CodeFile(f"hpcutils/{p.relative_to(root).as_posix()}", p.read_bytes(), os.access(p, os.X_OK)) for p in found]
     return (*code, *_metadata(hpcutils.__version__), CodeFile("bin/hpcutils", COMMAND.encode(), executable=True))
+
+
+def self_test_files(files: RecipeFiles) -> tuple[CodeFile, ...]:
+    """Return a recipe's self-tests as they lie in the image, and the list of them: an image can be tested wherever it goes."""
+    tests = list(zip(files.recipe.self_test, files.self_tests, strict=True))
+    listing = [{"script": f"{i}.py", "ranks": test.ranks} for i, (test, _) in enumerate(tests)]
+    scripts = [CodeFile(f"selftests/{i}.py", text.encode()) for i, (_, text) in enumerate(tests)]
+    return (*scripts, CodeFile("selftests/list.json", json.dumps(listing).encode()))
 
 
 def _belongs(path: Path) -> bool:

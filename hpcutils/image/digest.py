@@ -12,13 +12,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from hpcutils.image.base import bootstrap_options
 from hpcutils.image.code import CodeFile
 from hpcutils.image.render import definition, dockerfile
-from hpcutils.specs.recipe import Base, Recipe, RecipeFiles, locked
+from hpcutils.specs.recipe import Base, DebianBase, Recipe, RecipeFiles
+from hpcutils.specs.recipe_file import locked
 
 # Part of every digest: raise it when images are put together in another way, so that old ones count as old.
 LAYOUT = 1
 
 # Names of files beside the recipe. Their contents count, under fixed names.
-FILE_NAMES = {"python": {"lock"}, "compile": {"lock", "tools_lock"}, "self_test": {"script"}, "files": {"__all__": {"source"}}}
+FILE_NAMES = {
+    "base": {"archive"},
+    "python": {"lock", "extra_locks"},
+    "compile": {"lock", "tools_lock"},
+    "files": {"__all__": {"source"}},
+    # What the finished image is tested with is no part of its environment: see `image_digest`.
+    "self_test": True,
+}
 
 
 def digest_of(parts: Mapping[str, str | bytes]) -> str:
@@ -37,7 +45,15 @@ def canonical(recipe: Recipe) -> str:
 
 
 def base_digest(base: Base) -> str:
-    """Return the digest of what is asked for in the base; the archive's own sha256 is in its sidecar."""
+    """Return the digest of what is asked for in the base; the sha256 of a bootstrapped archive is in its sidecar."""
+    date = {"epoch": str(base.epoch)} if isinstance(base, DebianBase) else {}
+    return digest_of({"packages": _base_packages_digest(base), **date})
+
+
+def _base_packages_digest(base: Base) -> str:
+    """Return the digest of all in a base but the date of its files, which nothing that is compiled there depends on."""
+    if not isinstance(base, DebianBase):
+        return digest_of({"layout": str(LAYOUT), "base": base.model_dump_json(exclude=FILE_NAMES["base"])})  # type: ignore[arg-type]
     return digest_of({"layout": str(LAYOUT), "options": json.dumps(bootstrap_options(base)), "sha256": base.sha256 or ""})
 
 
@@ -50,9 +66,9 @@ def wheels_digest(files: RecipeFiles) -> str:
     against = sorted({name for package in recipe.compile.packages for name in package.built_against})
     return digest_of(
         {
-            "base": base_digest(recipe.base),
+            "base": _base_packages_digest(recipe.base),
             "python": recipe.python.version,
-            "compile": recipe.compile.model_dump_json(exclude=FILE_NAMES["compile"]),  # type: ignore[arg-type]
+            "compile": recipe.compile.model_dump_json(exclude=FILE_NAMES["compile"], exclude_defaults=True),  # type: ignore[arg-type]
             "locks": files.compile_lock + files.tools_lock,
             "against": "".join(lock.get(name, f"{name} is not in the lock\n") for name in against),
         }
@@ -83,6 +99,7 @@ def code_digest(code: Iterable[CodeFile]) -> str:
 
 
 def image_digest(files: RecipeFiles, code: Sequence[CodeFile]) -> str:
-    """Return the digest of the whole image, and of the test that it passed."""
-    parts = {"environment": environment_digest(files), "code": code_digest(code), "self-test": files.self_test}
-    return digest_of(parts)
+    """Return the digest of the whole image, and of the tests that it passed."""
+    tests = zip(files.recipe.self_test, files.self_tests, strict=True)
+    parts = {f"self-test {i} on {test.ranks}": text for i, (test, text) in enumerate(tests)}
+    return digest_of({"environment": environment_digest(files), "code": code_digest(code), **parts})

@@ -12,6 +12,17 @@ from hpcutils.errors import RequestError
 MPI_ENVIRONMENT = {"OMPI_MCA_btl_vader_single_copy_mechanism": "none", "PMIX_MCA_gds": "hash"}
 # Apptainer hands on the caller's variables, so these could lead Python out of the image. Empty is as good as absent.
 PYTHON_ENVIRONMENT = {"PYTHONPATH": "", "PYTHONHOME": "", "PYTHONNOUSERSITE": "1"}
+GPU_FLAGS = {"cuda": "--nv", "rocm": "--rocm"}
+
+# Docker hands on none of the caller's variables: these say which rank a process is, and how it reaches the others.
+RANK_VARIABLES = (
+    *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODEID", "SLURMD_NODENAME"),
+    *("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_STEP_TASKS_PER_NODE", "SLURM_RESTART_COUNT"),
+    *("PMIX_NAMESPACE", "PMIX_RANK", "PMIX_SERVER_URI2", "PMIX_SERVER_URI21", "PMIX_SERVER_URI3", "PMIX_SERVER_URI4"),
+    *("PMIX_SERVER_URI41", "PMIX_SECURITY_MODE", "PMIX_PTL_MODULE", "PMIX_BFROP_BUFFER_TYPE", "PMIX_GDS_MODULE"),
+    *("PMIX_SERVER_TMPDIR", "PMIX_SYSTEM_TMPDIR", "PMIX_DSTORE_ESH_BASE_PATH", "PMIX_HOSTNAME", "PMIX_VERSION"),
+    *("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
+)
 
 
 def exec_argv(
@@ -22,6 +33,7 @@ def exec_argv(
     *,
     cwd: str = "/",
     program: str = "apptainer",
+    variant: str = "cuda",
 ) -> list[str]:
     """Return the words before the program that is to run in the image.
 
@@ -33,18 +45,88 @@ def exec_argv(
         image: The SIF.
         binds: Folders that the program sees, as `bind` gives them.
         env: Variables for the program; they win over the caller's and the image's.
-        gpu: Whether NVIDIA's driver libraries and devices are handed in.
+        gpu: Whether the GPUs' driver libraries and devices are handed in.
         cwd: Its working folder, as seen inside.
         program: Apptainer's name or path on the machine that runs it.
+        variant: Whose GPUs the image is for: `rocm`, or `cuda`, which is NVIDIA's.
     """
     variables = {**MPI_ENVIRONMENT, **PYTHON_ENVIRONMENT, **(env or {})}
     words = [program, "--quiet", "exec", "--no-home", "--no-mount", "cwd", "--pwd", cwd]
     # Without it Apptainer lets a shell read the values: `$(…)` in one would run.
     words += ["--no-eval"]
-    words += ["--nv"] if gpu else []
+    words += [GPU_FLAGS.get(variant, "--nv")] if gpu else []
     words += [word for path in binds for word in ("--bind", path)]
     words += [word for name, value in variables.items() for word in ("--env", _assignment(name, value))]
     return [*words, str(image)]
+
+
+def docker_argv(
+    image: str,
+    binds: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    gpu: bool = False,
+    *,
+    user: str,
+    cwd: str = "/",
+    program: str = "docker",
+    variant: str = "cuda",
+) -> list[str]:
+    """Return the words before the program that is to run in an image of Docker's or Podman's, as `exec_argv` does for a SIF.
+
+    The same is shared: /tmp, /dev/shm, the network, and processes see each other, as MPI ranks of one node have to.
+
+    Args:
+        image: Its name.
+        binds: As `bind` gives them.
+        env: Variables for the program; they win over the caller's and the image's.
+        gpu: Whether the GPUs are handed in.
+        user: `UID:GID` of the caller: files that it writes are its own.
+        cwd: Its working folder, as seen inside.
+        program: `docker` or `podman`.
+        variant: Whose GPUs the image is for.
+    """
+    variables = {**MPI_ENVIRONMENT, **PYTHON_ENVIRONMENT, **(env or {})}
+    words = [program, "run", "--rm", "--network=host", "--ipc=host", "--pid=host", f"--workdir={cwd}"]
+    # Podman's root is the caller already; as itself it would be nobody there.
+    words += ["--userns=keep-id"] if program == "podman" else [f"--user={user}"]
+    words += _docker_gpu(program, variant) if gpu else []
+    words += [word for path in ("/tmp:/tmp", *binds) for word in ("--volume", path)]
+    # A name without a value: the caller's, where there is one.
+    words += [word for name in RANK_VARIABLES if name not in variables for word in ("--env", name)]
+    words += [word for name, value in variables.items() for word in ("--env", f"{name}={value}")]
+    return [*words, image]
+
+
+def _docker_gpu(program: str, variant: str) -> list[str]:
+    if variant == "rocm":
+        return ["--device=/dev/kfd", "--device=/dev/dri", "--group-add=video"]
+    return ["--device=nvidia.com/gpu=all"] if program == "podman" else ["--gpus=all"]
+
+
+def pyxis_options(
+    image: str, binds: Sequence[str] = (), env: Mapping[str, str] | None = None, *, cwd: str = "/"
+) -> tuple[list[str], dict[str, str]]:
+    """Return what srun needs to start its tasks in an image by the Pyxis plugin: options, and variables to set for srun.
+
+    Pyxis hands on srun's variables, and GPUs where Slurm gives them; `--container-env` lets ours win over the image's.
+
+    Args:
+        image: A squashfs of enroot's, or `docker://registry#name:tag`.
+        binds: As `bind` gives them.
+        env: Variables for the program.
+        cwd: Its working folder, as seen inside.
+
+    Raises:
+        RequestError: A folder has a comma in its name, which Pyxis takes for the next one.
+    """
+    variables = {**MPI_ENVIRONMENT, **PYTHON_ENVIRONMENT, **(env or {})}
+    mounts = ["/tmp:/tmp", *binds]
+    wrong = next((path for path in mounts if "," in path), None)
+    if wrong is not None:
+        raise RequestError(f"{wrong!r} cannot be mounted by Pyxis: it has a comma in it")
+    options = [f"--container-image={image}", f"--container-mounts={','.join(mounts)}", f"--container-workdir={cwd}"]
+    options += ["--no-container-mount-home", "--no-container-entrypoint", f"--container-env={','.join(variables)}"]
+    return options, variables
 
 
 def bind(source: Path | str, target: Path | str | None = None, *, read_only: bool = False) -> str:

@@ -48,17 +48,22 @@ def images_folder(environ: Mapping[str, str] | None = None) -> Path:
     return Path(variables.get("HPCUTILS_IMAGES") or cache_folder(variables) / "images")
 
 
-def find_image(name: str, environ: Mapping[str, str] | None = None) -> Image:
-    """Return the image that `name` means: a path when it has a `/` or ends in `.sif`, else a name in the images' folder.
+def find_image(name: str, environ: Mapping[str, str] | None = None, published: Mapping[str, Path] | None = None) -> Image:
+    """Return the image that `name` means: a path (with a `/` or a file's ending), an alias of the site, or a name that was built.
+
+    Args:
+        name: What a person wrote.
+        environ: Variables that say where images are; ours when left out.
+        published: The site's images by alias; they go before what was built here, as they are the same for everybody.
 
     Raises:
         ImageError: There is none.
     """
-    is_path = "/" in name or name.endswith(".sif")
-    path = Path(name).expanduser() if is_path else images_folder(environ) / f"{name}.sif"
+    is_path = "/" in name or name.endswith((".sif", ".oci.tar"))
+    path = Path(name).expanduser() if is_path else (published or {}).get(name) or images_folder(environ) / f"{name}.sif"
     if not path.is_file():
         hint = "give the path of a SIF, or a name that was built" if is_path else f"hpcutils build {name}"
-        raise ImageError(f"no such image: {path}", hint)
+        raise ImageError(f"no such image: {path}", "tell whoever keeps the site's images" if name in (published or {}) else hint)
     real = path.resolve()
     sidecar = read_sidecar(real)
     return Image(real, sidecar.get("name", real.stem), sidecar.get("digest", ""), sidecar.get("sha256", ""), sidecar)
@@ -67,6 +72,11 @@ def find_image(name: str, environ: Mapping[str, str] | None = None) -> Image:
 def sidecar_of(image: Path) -> Path:
     """Return where the sidecar of an image file is."""
     return image.with_suffix(".json")
+
+
+def sbom_of(image: Path) -> Path:
+    """Return where the list of an image's packages is, as CycloneDX."""
+    return image.with_suffix(".cdx.json")
 
 
 def read_sidecar(image: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hpcutils.errors import ImageError
 from hpcutils.fs import publishing, write_text
@@ -17,17 +16,17 @@ from hpcutils.image.base import bootstrap_argv, bootstrap_environment
 from hpcutils.image.code import DATE_S, CodeFile, settle_dates, write_code
 from hpcutils.image.exec_line import bind, exec_argv
 from hpcutils.image.machine import Machine, apt_entries, build_files, debian_entries, sources_list, without_addresses
-from hpcutils.image.render import PYTHON, SOURCE, definition
+from hpcutils.image.render import BASE_ARCHIVE, PYTHON, SOURCE, definition, file_name
 from hpcutils.image.sif import append_folder
 from hpcutils.log import LOGGER
 from hpcutils.shell import run, stream
-from hpcutils.specs.recipe import Base, RecipeFiles, locked
+from hpcutils.specs.recipe import ArchiveBase, DebianBase, RecipeFiles
+from hpcutils.specs.recipe_file import locked
 
 # Packs the environment (1.7 GB) in 11 s of one core where gzip takes 166, into 2 % more bytes. Linux reads it since 4.14.
 MKSQUASHFS_ARGUMENTS = "-comp zstd -Xcompression-level 3"
 # Variables of a caller that sits in a job, or in a container of its own, say nothing about the build.
 FOREIGN_PREFIXES = ("APPTAINER", "SINGULARITY", "SLURM_", "PMI", "OMPI_", "PYTHON", "LD_")
-SELF_TEST_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def plain_environment(**extra: str) -> dict[str, str]:
     return {**kept, "PATH": f"{kept.get('PATH', os.defpath)}:/usr/sbin:/sbin", **extra}
 
 
-def make_base(base: Base, archive: Path, bench: Workbench) -> None:
+def make_base(base: DebianBase, archive: Path, bench: Workbench) -> None:
     """Bootstrap the distribution into `archive` (a tar), with its sha256 beside it.
 
     Raises:
@@ -74,6 +73,15 @@ def make_base(base: Base, archive: Path, bench: Workbench) -> None:
     write_text(archive.with_suffix(".json"), json.dumps({"sha256": found}) + "\n")
 
 
+def check_archive(files: RecipeFiles) -> None:
+    """Raise `ImageError` where the archive that a recipe stands on is not the one that it names."""
+    if not isinstance(files.recipe.base, ArchiveBase) or files.archive is None:
+        return
+    found = digest_file(files.archive)
+    if found != files.recipe.base.sha256:
+        raise ImageError(f"{files.archive} has sha256 {found}, the recipe says {files.recipe.base.sha256}", "mend base.sha256")
+
+
 def make_environment(files: RecipeFiles, archive: Path, wheels: Path, result: Path, bench: Workbench) -> None:
     """Build the SIF that has everything but hpcutils' own code.
 
@@ -88,8 +96,9 @@ def make_environment(files: RecipeFiles, archive: Path, wheels: Path, result: Pa
         ImageError: The build failed; its last lines are in the message.
     """
     work = bench.folder
-    binds = _fill_build_folder(files, work, wheels, bench.machine)
-    (work / "base.tar").symlink_to(archive)
+    check_archive(files)
+    binds = fill_build_folder(files, work, wheels, bench.machine)
+    (work / BASE_ARCHIVE).symlink_to(archive)
     (work / "environment.def").write_text(definition(files.recipe), encoding="utf-8")
     (work / "apptainer").mkdir()
     environment = plain_environment(APPTAINER_TMPDIR=str(work / "apptainer"), APPTAINER_CACHEDIR=str(work / "apptainer/cache"))
@@ -97,9 +106,9 @@ def make_environment(files: RecipeFiles, archive: Path, wheels: Path, result: Pa
         with publishing(result, suffix=".sif") as target:
             words = [word for path in binds for word in ("--bind", path)]
             argv = [bench.builder, "build", "--mksquashfs-args", MKSQUASHFS_ARGUMENTS, *words, str(target), "environment.def"]
-            stream(argv, _show, env=environment, cwd=work, error=ImageError, shown=without_addresses)
+            stream(argv, show, env=environment, cwd=work, error=ImageError, shown=without_addresses)
     finally:
-        _keep_wheels(work / "mnt/wheels", wheels)
+        keep_wheels(work / "mnt/wheels", wheels)
 
 
 def make_image(code: tuple[CodeFile, ...], environment: Path, result: Path, bench: Workbench) -> None:
@@ -115,25 +124,10 @@ def make_image(code: tuple[CodeFile, ...], environment: Path, result: Path, benc
     append_folder(bench.builder, environment, top, result, bench.folder, DATE_S)
 
 
-def self_test(image: Path, script: str, builder: str) -> dict[str, Any]:
-    """Run a self-test inside an image and return what it printed.
-
-    Raises:
-        ImageError: A check failed, or the test itself did.
-    """
-    argv = [*exec_argv(image, program=builder), PYTHON, "-"]
-    done = run(argv, input=script, env=plain_environment(), timeout_s=SELF_TEST_S, error=ImageError)
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    failed = [f"  {check['check']}: {check['seen']}" for check in report["checks"] if not check["ok"]]
-    if failed:
-        raise ImageError("\n".join(["the image was built, but its self-test failed:", *failed]))
-    return report
-
-
-def versions(builder: str) -> dict[str, str]:
+def versions(name: str, program: str) -> dict[str, str]:
     """Return the versions of the tools that build."""
     tools: Mapping[str, list[str]] = {
-        "apptainer": [builder, "version"],
+        name: [program, "--version"],
         "mksquashfs": ["mksquashfs", "-version"],
         "mmdebstrap": ["mmdebstrap", "--version"],
     }
@@ -141,7 +135,7 @@ def versions(builder: str) -> dict[str, str]:
     return {name: output[0] if output else "unknown" for name, output in lines.items()}
 
 
-def _fill_build_folder(files: RecipeFiles, work: Path, wheels: Path, machine: Machine) -> list[str]:
+def fill_build_folder(files: RecipeFiles, work: Path, wheels: Path, machine: Machine) -> list[str]:
     """Write what the build sees as `/mnt` and return the binds that show it, and a `/tmp` of the build's own."""
     folder = work / "mnt"
     settings = build_files(machine, files.recipe.base.suite)
@@ -155,8 +149,8 @@ def _fill_build_folder(files: RecipeFiles, work: Path, wheels: Path, machine: Ma
     if wheels.is_dir():
         shutil.copytree(wheels, folder / "wheels")
     (work / "files").mkdir()
-    for i, content in enumerate(files.copied):
-        (work / "files" / str(i)).write_bytes(content)
+    for i, (file, content) in enumerate(zip(files.recipe.files, files.copied, strict=True)):
+        (work / file_name(i, file)).write_bytes(content)
     for inside in settings.binds.values():
         (folder / inside.removeprefix("/mnt/")).mkdir(parents=True)
     # Apptainer shows the machine's own /tmp while it builds: others clear it away under pip's feet, and pip leaves things there.
@@ -171,7 +165,7 @@ def _fill_build_folder(files: RecipeFiles, work: Path, wheels: Path, machine: Ma
     ]
 
 
-def _keep_wheels(made: Path, wheels: Path) -> None:
+def keep_wheels(made: Path, wheels: Path) -> None:
     """Give freshly compiled wheels their place, also when a later step failed: they take longest."""
     if wheels.is_dir() or not (made / ".complete").exists():
         return
@@ -184,7 +178,8 @@ def _write_private(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _show(line: str) -> None:
+def show(line: str) -> None:
+    """Tell a line of a build's output: the steps for everybody, the rest for those who ask."""
     if line.startswith("step: "):
         LOGGER.info(f"  {line.removeprefix('step: ')}")
     else:

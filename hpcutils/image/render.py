@@ -15,12 +15,13 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hpcutils.specs.recipe import CompiledPackage, Recipe
+from hpcutils.specs.recipe import ArchiveBase, CompiledPackage, CopiedFile, DebianBase, ImageBase, Recipe
 
 ENVIRONMENT = "/opt/hpcutils-env"
 PYTHON = f"{ENVIRONMENT}/bin/python3"
 SOURCE = "/hpcutils-src"
 WHEELS_MARK = "/mnt/wheels/.complete"
+BASE_ARCHIVE = "base.tar"
 
 PIP = f"{ENVIRONMENT}/bin/pip"
 PIP_INSTALL = (PIP, "install", "--no-cache-dir", "--no-deps", "--require-hashes", "--only-binary=:all:")
@@ -65,9 +66,15 @@ class Stage:
 def stages(recipe: Recipe) -> tuple[Stage, Stage]:
     """Return the two stages of an image: one that compiles, and the image itself, which takes only the result."""
     compiled = (_compile(recipe), _install_compiled()) if recipe.compile.packages else ()
-    compiling = Stage("python", (_install_locked(), *compiled, _remove_pip()))
-    steps = (_system(recipe), *_modes(recipe), _paths(recipe))
+    base = _base_packages(recipe)
+    compiling = Stage("python", (*base, _install_locked(), *compiled, _remove_pip()))
+    steps = (*base, _system(recipe), *_modes(recipe), _paths(recipe))
     return compiling, Stage("image", tuple(step for step in steps if step.lines), taken=ENVIRONMENT)
+
+
+def file_name(index: int, file: CopiedFile) -> str:
+    """Return what a copied file is called in the folder of the build: two may have the same name of their own."""
+    return f"files/{index}-{file.target.rpartition('/')[2]}"
 
 
 def definition(recipe: Recipe) -> str:
@@ -82,13 +89,7 @@ def definition(recipe: Recipe) -> str:
 
 def dockerfile(recipe: Recipe) -> str:
     """Return the Dockerfile of the same steps; its contexts `build` and `code` are the folder `/mnt` and hpcutils' own code."""
-    lines = [
-        f"# {recipe.name}: {recipe.summary}",
-        "# Rendered from the recipe; change that, not this.",
-        "",
-        "FROM scratch AS base",
-        "ADD base.tar /",
-    ]
+    lines = [f"# {recipe.name}: {recipe.summary}", "# Rendered from the recipe; change that, not this.", "", *_docker_base(recipe)]
     for stage in stages(recipe):
         lines += ["", f"FROM base AS {stage.name}", *_docker_copies(recipe, stage)]
         for step in stage.steps:
@@ -96,8 +97,17 @@ def dockerfile(recipe: Recipe) -> str:
     values = {"PATH": f"{ENVIRONMENT}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", **recipe.environment}
     lines += ["", *(f"ENV {key}={_docker_quote(value)}" for key, value in values.items())]
     lines += ["", *(f"LABEL {key}={_docker_quote(value)}" for key, value in _labels(recipe).items())]
-    lines += ["", f"COPY --from=code / {SOURCE}/"]
+    # Nobody can write a .pyc in the image later; they go by content, as dates are the builder's.
+    compiling = f"RUN {PYTHON} -m compileall -q --invalidation-mode unchecked-hash {SOURCE}"
+    lines += ["", f"COPY --from=code / {SOURCE}/", compiling]
     return "\n".join(lines) + "\n"
+
+
+def _base_packages(recipe: Recipe) -> tuple[Step, ...]:
+    """A bootstrapped base has its packages from the start."""
+    if isinstance(recipe.base, DebianBase) or not recipe.base.packages:
+        return ()
+    return (Step("what the base lacks", _apt_install(recipe.base.packages)),)
 
 
 def _install_locked() -> Step:
@@ -112,6 +122,7 @@ def _compile(recipe: Recipe) -> Step:
     work = [
         *_apt_install(recipe.compile.system_packages),
         *_command(*PIP_INSTALL, "--target", "/opt/tools", "--requirement", "/mnt/locks/tools.txt"),
+        *(f"ln -s {target} {path}" for path, target in recipe.compile.links.items()),
         "export PYTHONPATH=/opt/tools MAKEFLAGS=-j$(nproc)",
         *(line for package in packages for line in _wheel(package)),
         # All are waited for before one that failed ends the build: none may go on behind its back.
@@ -195,22 +206,38 @@ def _paths(recipe: Recipe) -> Step:
 
 
 def _definition_stage(recipe: Recipe, stage: Stage) -> list[str]:
-    lines = [
-        "Bootstrap: scratch",
-        f"Stage: {stage.name}",
-        "",
-        "%setup",
-        "    # The base: bootstrapped from its packages beforehand. An ordinary user cannot make device files, nor needs them.",
-        "    tar -C \"$APPTAINER_ROOTFS\" --no-same-owner --exclude './dev/*' -xf base.tar",
-    ]
+    lines = _definition_base(recipe, stage.name)
     if stage.taken is not None:
         lines += ["", "%files from python", f"    {stage.taken} {stage.taken}"]
         if recipe.files:
-            lines += ["", "%files", *(f"    files/{i} {file.target}" for i, file in enumerate(recipe.files))]
+            lines += ["", "%files", *(f"    {file_name(i, file)} {file.target}" for i, file in enumerate(recipe.files))]
     lines += ["", "%post", "    set -eu", *_indented(MACHINE_SETTINGS)]
     for step in stage.steps:
         lines += ["", f"    # {step.title}", f"    echo 'step: {_plain(step.title)}'", *_indented(step.lines)]
     return lines
+
+
+def _definition_base(recipe: Recipe, stage: str) -> list[str]:
+    if isinstance(recipe.base, ImageBase):
+        return ["Bootstrap: docker", f"From: {recipe.base.image}", f"Stage: {stage}"]
+    if isinstance(recipe.base, ArchiveBase):
+        return ["Bootstrap: oci-archive", f"From: {BASE_ARCHIVE}", f"Stage: {stage}"]
+    return [
+        "Bootstrap: scratch",
+        f"Stage: {stage}",
+        "",
+        "%setup",
+        "    # The base: bootstrapped from its packages beforehand. An ordinary user cannot make device files, nor needs them.",
+        f"    tar -C \"$APPTAINER_ROOTFS\" --no-same-owner --exclude './dev/*' -xf {BASE_ARCHIVE}",
+    ]
+
+
+def _docker_base(recipe: Recipe) -> list[str]:
+    if isinstance(recipe.base, ImageBase):
+        return [f"FROM {recipe.base.image} AS base"]
+    if isinstance(recipe.base, ArchiveBase):
+        return ["# buildah and podman read an archive; Docker has to load it first.", f"FROM oci-archive:{BASE_ARCHIVE} AS base"]
+    return ["# The base: bootstrapped from its packages beforehand.", "FROM scratch AS base", f"ADD {BASE_ARCHIVE} /"]
 
 
 def _plain(title: str) -> str:
@@ -234,7 +261,7 @@ def _docker_line(line: str) -> str:
 def _docker_copies(recipe: Recipe, stage: Stage) -> list[str]:
     if stage.taken is None:
         return []
-    copied = [f"COPY files/{i} {file.target}" for i, file in enumerate(recipe.files)]
+    copied = [f"COPY {file_name(i, file)} {file.target}" for i, file in enumerate(recipe.files)]
     return [f"COPY --from=python {stage.taken} {stage.taken}", *copied]
 
 
@@ -253,4 +280,5 @@ def _environment(recipe: Recipe) -> list[str]:
 
 
 def _labels(recipe: Recipe) -> dict[str, str]:
-    return {"hpcutils.recipe": recipe.name, "hpcutils.variant": recipe.variant, **recipe.labels}
+    own = {"org.opencontainers.image.title": recipe.name, "org.opencontainers.image.description": recipe.summary}
+    return {"hpcutils.recipe": recipe.name, "hpcutils.variant": recipe.variant, **own, **recipe.labels}

@@ -22,13 +22,15 @@ NEEDED_BYTES = 6 << 30
 
 
 @contextlib.contextmanager
-def workspace() -> Iterator[Path]:
+def workspace(root: Path) -> Iterator[Path]:
     """Yield an empty folder of this build; remove it afterwards, and those of builds that were killed.
+
+    Args:
+        root: Folder that it is made in: local, and roomy.
 
     Raises:
         ImageError: There is too little space.
     """
-    root = Path(tempfile.gettempdir())
     for folder in root.glob(f"{PREFIX}{os.getuid()}-*"):
         _remove_if_abandoned(folder)
     free_bytes = shutil.disk_usage(root).free

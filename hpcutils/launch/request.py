@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -9,15 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpcutils.errors import EXIT_REQUEUE, JobFailedError
+from hpcutils.errors import EXIT_REQUEUE, JobFailedError, RequestError
 from hpcutils.image.exec_line import MPI_ENVIRONMENT, bind, exec_argv
 from hpcutils.rundir import RunDirectory
 from hpcutils.specs.job import Job, gpus_per_node, parse_time_s
+from hpcutils.specs.site import Site
 
 MAX_RESTARTS = 3
 STOP_BEFORE_END_S = 90
 
 # Set in every rank: waiting ranks must yield where ranks outnumber cores, and TensorFlow's greetings are no news.
+# What folders of the site's profile are called in a rank's environment.
+FOLDER_VARIABLES = {"scratch": "HPCUTILS_SCRATCH", "node_local": "HPCUTILS_NODE_CACHE"}
 RANK_ENVIRONMENT = {"OMPI_MCA_mpi_yield_when_idle": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
 
@@ -69,7 +73,9 @@ def plan_layout(job: Job) -> Layout:
     return Layout(job.resources.nodes, devices, 1)
 
 
-def plan_request(job: Job, run: RunDirectory, image: Path | None, job_folder: Path) -> Request:
+def plan_request(
+    job: Job, run: RunDirectory, image: Path | None, job_folder: Path, site: Site | None = None, variant: str = "cpu"
+) -> Request:
     """Return everything that submitting `job` as `run` will ask for.
 
     Args:
@@ -77,38 +83,88 @@ def plan_request(job: Job, run: RunDirectory, image: Path | None, job_folder: Pa
         run: Where the run will live; nothing is created here.
         image: The image file; `None` runs without a container.
         job_folder: Folder of `train.yaml`, which data paths are relative to.
+        site: The cluster's profile; all defaults when left out.
+        variant: What kind of machine the image is for.
+
+    Raises:
+        RequestError: The job asks for more than its partition gives.
     """
-    layout = plan_layout(job)
-    python = plan_python(job, run, image, job_folder)
-    return Request(run, job, layout, image, python, _parameters(job, run, layout))
+    layout, profile = plan_layout(job), site or Site()
+    check_limits(job, profile)
+    python = plan_python(job, run, image, job_folder, profile, variant)
+    return Request(run, job, layout, image, python, _parameters(job, run, layout, profile))
 
 
-def plan_python(job: Job, run: RunDirectory, image: Path | None, job_folder: Path) -> tuple[str, ...]:
+def plan_python(
+    job: Job, run: RunDirectory, image: Path | None, job_folder: Path, site: Site, variant: str = "cpu"
+) -> tuple[str, ...]:
     """Return the words that start Python in a rank."""
+    folders = {name: os.path.expandvars(path) for name, path in site.folders if path is not None}
+    # A user's own variable wins over the site's folder.
+    own = {FOLDER_VARIABLES[name]: path for name, path in folders.items() if FOLDER_VARIABLES[name] not in os.environ}
+    env = {**site.container.environment, **own, **RANK_ENVIRONMENT}
     if image is None:
-        variables = {**MPI_ENVIRONMENT, **RANK_ENVIRONMENT}
+        variables = {**MPI_ENVIRONMENT, **env}
         return ("env", *(f"{name}={value}" for name, value in variables.items()), sys.executable)
     runs = run.path.parent
-    folders = {(job_folder / file.path).resolve().parent for file in job.data.files if file.path is not None} - {runs}
-    binds = [bind(runs), *(bind(folder, read_only=True) for folder in sorted(folders))]
+    data = {(job_folder / file.path).resolve().parent for file in job.data.files if file.path is not None} - {runs}
+    binds = [*site.container.binds, *map(bind, folders.values()), bind(runs)]
+    binds += [bind(folder, read_only=True) for folder in sorted(data)]
     gpu = job.resources.devices == "gpu"
-    return (*exec_argv(image, binds, RANK_ENVIRONMENT, gpu), "python3")
+    return (*exec_argv(image, binds, env, gpu, program=site.container.program, variant=variant), "python3")
 
 
-def _parameters(job: Job, run: RunDirectory, layout: Layout) -> dict[str, Any]:
+def check_limits(job: Job, site: Site) -> None:
+    """Hold a job against what its partition gives at most.
+
+    Raises:
+        RequestError: It asks for more; Slurm might say so only after hours, by never starting it.
+    """
+    partition = job.resources.partition or site.launch.partition or ""
+    limits = site.limits.get(partition)
+    if limits is None:
+        return
+    asked = {
+        "nodes": (job.resources.nodes, limits.nodes),
+        "GPUs of each node": (gpus_per_node(job.resources), limits.gpus_per_node),
+        "seconds": (parse_time_s(job.resources.time), None if limits.time is None else parse_time_s(limits.time)),
+    }
+    for what, (wanted, most) in asked.items():
+        if most is not None and wanted > most:
+            raise RequestError(
+                f"{wanted} {what} were asked for, partition {partition!r} of {site.name} gives at most {most}",
+                "ask for less, or name another --partition",
+            )
+
+
+def gpu_request(site: Site, layout: Layout, gpus: int) -> dict[str, Any]:
+    """Return how Slurm is asked for `gpus` GPUs a node in the site's dialect: names as submitit's, or as sbatch's."""
+    kind = "" if site.launch.gpu_type is None else f"{site.launch.gpu_type}:"
+    spelled: dict[str, dict[str, Any]] = {
+        "gpus-per-node": {"gpus_per_node": f"{kind}{gpus}" if kind else gpus},
+        "gres": {"gres": f"gpu:{kind}{gpus}"},
+        "gpus": {"gpus": f"{kind}{gpus * layout.nodes}"},
+        "gpus-per-task": {"gpus-per-task": f"{kind}{layout.devices_per_rank}"},
+        "none": {},
+    }
+    return spelled[site.launch.gpus]
+
+
+def _parameters(job: Job, run: RunDirectory, layout: Layout, site: Site) -> dict[str, Any]:
     """Return submitit's parameters; names as in `submitit.SlurmExecutor.update_parameters`."""
     log = str(run.rank_log("%t"))
+    gpus = gpu_request(site, layout, gpus_per_node(job.resources))
     parameters: dict[str, Any] = {
         "job_name": job.name,
         "time": -(-parse_time_s(job.resources.time) // 60),  # whole minutes: a text would break submitit's clock
         "nodes": layout.nodes,
         "ntasks_per_node": layout.ranks_per_node,
         "cpus_per_task": job.resources.cpus_per_task,
-        "gpus_per_node": gpus_per_node(job.resources),
+        **{name: value for name, value in gpus.items() if name == "gpus_per_node"},
         "stderr_to_stdout": True,
         "signal_delay_s": STOP_BEFORE_END_S,
         "srun_args": [
-            "--mpi=pmix",
+            f"--mpi={site.launch.mpi}",
             "--kill-on-bad-exit=1",
             # Since 22.05 a step no longer takes this from the batch script.
             f"--cpus-per-task={job.resources.cpus_per_task}",
@@ -124,10 +180,12 @@ def _parameters(job: Job, run: RunDirectory, layout: Layout) -> dict[str, Any]:
             "requeue": True,
             "wait-all-nodes": 1,
             "chdir": str(run.path),
+            **{name: value for name, value in gpus.items() if name != "gpus_per_node"},
         },
     }
-    if job.resources.partition is not None:
-        parameters["partition"] = job.resources.partition
+    partition = job.resources.partition or site.launch.partition
+    if partition is not None:
+        parameters["partition"] = partition
     return parameters
 
 

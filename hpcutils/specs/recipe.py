@@ -1,22 +1,16 @@
-"""A recipe: what goes into a container image, as a person writes it in `containers/recipes/*.toml`.
+"""A recipe: what goes into a container image. The types, and which of their combinations make sense.
 
-`read_recipe` gives the typed recipe together with the contents of every file that it names, so that whatever follows
-(rendering, digest, build) needs no further look at the disk and no path.
+`recipe_file` reads one from `containers/recipes/*.toml`, together with the recipe that it extends and all files that it names.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
-
-from hpcutils.errors import SpecError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
 
 # Text that is pasted into a build script: names only, nothing that a shell reads.
 PackageName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9+.:_-]*$")]
@@ -24,10 +18,37 @@ VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]
 Version = Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)*$")]
 OneLine = Annotated[str, StringConstraints(pattern=r"^[^\n\r]*$")]
 AbsolutePath = Annotated[str, StringConstraints(pattern=r"^/[A-Za-z0-9._/+-]+$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+# A tag can lead to another image tomorrow: a digest is asked for.
+ImageByDigest = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-zA-Z0-9._:/-]*@sha256:[0-9a-f]{64}$")]
+Suite = Literal["bookworm"]
+VariantName = Literal["cpu", "cuda", "rocm"]
 
 TENSORFLOW_NAMES = ("tensorflow", "tensorflow-cpu", "tensorflow-rocm")
 # Horovod 0.28.1 compiles against TensorFlow 2.15 to 2.18: later ones no longer ship headers that it includes.
 HOROVOD_NEWEST_TENSORFLOW = {"0.28.1": (2, 18)}
+
+
+@dataclass(frozen=True)
+class VariantRules:
+    """What images of one kind of machine have in common.
+
+    Args:
+        tensorflow: Names under which a TensorFlow for it is distributed.
+        flags: Variables that Horovod's build must have: without them it compiles, and then sums over the CPU.
+        forbidden: Variables that it must not have.
+    """
+
+    tensorflow: tuple[str, ...]
+    flags: Mapping[str, str] = field(default_factory=dict)
+    forbidden: tuple[str, ...] = ()
+
+
+VARIANTS: Mapping[str, VariantRules] = {
+    "cpu": VariantRules(("tensorflow-cpu", "tensorflow"), forbidden=("HOROVOD_GPU", "HOROVOD_GPU_OPERATIONS")),
+    "cuda": VariantRules(("tensorflow",), {"HOROVOD_GPU_OPERATIONS": "NCCL"}),
+    "rocm": VariantRules(("tensorflow-rocm",), {"HOROVOD_GPU": "ROCM", "HOROVOD_GPU_OPERATIONS": "NCCL"}),
+}
 
 
 class Closed(BaseModel):
@@ -36,7 +57,7 @@ class Closed(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Base(Closed):
+class DebianBase(Closed):
     """The distribution that everything stands on, bootstrapped from its packages.
 
     Args:
@@ -46,10 +67,51 @@ class Base(Closed):
         sha256: Digest that the bootstrapped archive must have; `None` accepts what the mirror has today.
     """
 
-    suite: Literal["bookworm"]
+    suite: Suite
     packages: tuple[PackageName, ...]
     epoch: int = Field(ge=0)
-    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
+    sha256: Sha256 | None = None
+
+
+class ImageBase(Closed):
+    """An image of a registry, by digest; it has to be of the same Debian release.
+
+    Args:
+        suite: Debian's name of the release.
+        image: `registry/name@sha256:…`.
+        packages: Packages that it needs beside its own.
+    """
+
+    suite: Suite
+    image: ImageByDigest
+    packages: tuple[PackageName, ...] = ()
+
+
+class ArchiveBase(Closed):
+    """An OCI archive (`podman save --format oci-archive`, `buildah push … oci-archive:`) of the same Debian release.
+
+    Args:
+        suite: Debian's name of the release.
+        archive: The file.
+        sha256: Its digest.
+        packages: Packages that it needs beside its own.
+    """
+
+    suite: Suite
+    archive: str
+    sha256: Sha256
+    packages: tuple[PackageName, ...] = ()
+
+
+def _kind_of_base(data: Any) -> str:
+    keys = data if isinstance(data, dict) else getattr(data, "__dict__", {})
+    return next((kind for kind in ("image", "archive") if kind in keys), "debian")
+
+
+Base = Annotated[
+    Annotated[DebianBase, Tag("debian")] | Annotated[ImageBase, Tag("image")] | Annotated[ArchiveBase, Tag("archive")],
+    Discriminator(_kind_of_base),
+]
 
 
 class System(Closed):
@@ -59,10 +121,18 @@ class System(Closed):
 
 
 class Python(Closed):
-    """Python packages installed from wheels, every file known by its hash."""
+    """Python packages installed from wheels, every file known by its hash.
+
+    Args:
+        version: Of the interpreter, which is Debian's.
+        lock: The packages.
+        extra_locks: More of them: what a recipe adds to the one that it extends.
+        pins: Versions that the locks must have.
+    """
 
     version: Literal["3.11"]
     lock: str
+    extra_locks: tuple[str, ...] = ()
     pins: dict[PackageName, Version] = Field(default_factory=dict)
 
 
@@ -83,10 +153,19 @@ class CompiledPackage(Closed):
 
 
 class Compile(Closed):
-    """The stage that compiles; none of its packages and tools stay in the image."""
+    """The stage that compiles; none of its packages and tools stay in the image.
+
+    Args:
+        system_packages: Debian packages: compilers, headers.
+        tools_lock: Python packages that compiling needs, in a folder of their own (`/opt/tools`).
+        links: Symbolic links made first (path → what it leads to): wheels of libraries lack the names that linkers look for.
+        lock: The packages to compile.
+        packages: How each is compiled.
+    """
 
     system_packages: tuple[PackageName, ...] = ()
     tools_lock: str
+    links: dict[AbsolutePath, Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/+-]+$")]] = Field(default_factory=dict)
     lock: str
     packages: tuple[CompiledPackage, ...] = ()
 
@@ -100,17 +179,23 @@ class CopiedFile(Closed):
 
 
 class SelfTest(Closed):
-    """A Python script that runs in the finished image and prints one JSON object a check."""
+    """A Python script that the finished image must pass; it prints one JSON object as its last line.
+
+    Args:
+        script: The file. It is in the image, too, so that `hpcutils image test` can run it at any time.
+        ranks: How many MPI ranks run it together.
+    """
 
     script: str
+    ranks: int = Field(default=1, ge=1, le=64)
 
 
 class Recipe(Closed):
-    """A whole recipe. File names in it are relative to its own file."""
+    """A whole recipe."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
     summary: OneLine
-    variant: Literal["cpu", "cuda", "rocm"]
+    variant: VariantName
     base: Base
     system: System = System()
     python: Python
@@ -118,147 +203,108 @@ class Recipe(Closed):
     environment: dict[VariableName, OneLine] = Field(default_factory=dict)
     labels: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+$")], OneLine] = Field(default_factory=dict)
     files: tuple[CopiedFile, ...] = ()
-    self_test: SelfTest
+    self_test: tuple[SelfTest, ...] = Field(min_length=1)
+
+    def compiled(self, name: str) -> CompiledPackage | None:
+        """Return the compiled package called `name`."""
+        return next((package for package in self.compile.packages if package.name == name), None)
 
     @model_validator(mode="after")
-    def _horovod_fits_tensorflow(self) -> Recipe:
-        horovod = next((p.version for p in self.compile.packages if p.name == "horovod"), None)
-        newest = HOROVOD_NEWEST_TENSORFLOW.get(horovod or "")
-        for name in TENSORFLOW_NAMES:
-            given = self.python.pins.get(name)
-            if newest is not None and given is not None and _numbers(given)[:2] > newest:
-                raise ValueError(
-                    f"{name} {given} with horovod {horovod}: TensorFlow 2.19 and later no longer ship the LLVM and XLA headers "
-                    f"that Horovod {horovod} includes; the newest that it compiles against is "
-                    f"{'.'.join(map(str, newest))}"
-                )
-        if horovod is not None and not any(name in self.python.pins for name in TENSORFLOW_NAMES):
-            raise ValueError("horovod is compiled against TensorFlow: give TensorFlow's version in python.pins")
+    def _goes_together(self) -> Recipe:
+        problems = [problem for check in COMBINATIONS for problem in check(self)]
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
+
+
+def _horovod_fits_tensorflow(recipe: Recipe) -> list[str]:
+    horovod = recipe.compiled("horovod")
+    if horovod is None:
+        return []
+    newest = HOROVOD_NEWEST_TENSORFLOW.get(horovod.version)
+    given = {name: recipe.python.pins[name] for name in TENSORFLOW_NAMES if name in recipe.python.pins}
+    if not given:
+        return ["horovod is compiled against TensorFlow: give TensorFlow's version in python.pins"]
+    return [
+        f"{name} {version} with horovod {horovod.version}: TensorFlow 2.19 and later no longer ship the LLVM and XLA headers "
+        f"that Horovod {horovod.version} includes; the newest that it compiles against is {'.'.join(map(str, newest))}"
+        for name, version in given.items()
+        if newest is not None and tuple(int(part) for part in version.split("."))[:2] > newest
+    ]
+
+
+def _tensorflow_fits_variant(recipe: Recipe) -> list[str]:
+    fitting = VARIANTS[recipe.variant].tensorflow
+    return [
+        f"variant {recipe.variant!r} with {name}: its TensorFlow is distributed as {' or '.join(fitting)}"
+        for name in TENSORFLOW_NAMES
+        if name in recipe.python.pins and name not in fitting
+    ]
+
+
+def _horovod_fits_variant(recipe: Recipe) -> list[str]:
+    horovod, rules = recipe.compiled("horovod"), VARIANTS[recipe.variant]
+    if horovod is None:
+        return []
+    wrong = [f"{name}={value}" for name, value in rules.flags.items() if horovod.environment.get(name) != value]
+    problems = [
+        f"variant {recipe.variant!r}: Horovod is to be compiled with {flag}, else it sums gradients on the CPU" for flag in wrong
+    ]
+    return problems + [
+        f"variant 'cpu': Horovod cannot be compiled with {name}: there is no CUDA or ROCm in the image"
+        for name in rules.forbidden
+        if name in horovod.environment
+    ]
+
+
+def _mpi_is_there(recipe: Recipe) -> list[str]:
+    """What is compiled against MPI needs its headers in one stage, and its libraries in the other."""
+    wanting = [
+        package.name
+        for package in recipe.compile.packages
+        if package.environment.get("HDF5_MPI") == "ON" or package.environment.get("HOROVOD_WITH_MPI") == "1"
+    ]
+    if not wanting:
+        return []
+    there = {"compile.system_packages": recipe.compile.system_packages, "system.packages": recipe.system.packages}
+    needed = {"compile.system_packages": "libopenmpi-dev", "system.packages": "openmpi-bin"}
+    return [f"{', '.join(wanting)} with MPI: {key} has no {name}" for key, name in needed.items() if name not in there[key]]
+
+
+def _parallel_hdf5_has_mpi4py(recipe: Recipe) -> list[str]:
+    h5py = recipe.compiled("h5py")
+    if h5py is None or h5py.environment.get("HDF5_MPI") != "ON" or "mpi4py" in h5py.built_against:
+        return []
+    return ["h5py with HDF5_MPI=ON hands mpi4py's communicators to HDF5: name mpi4py in its built_against"]
+
+
+COMBINATIONS = (
+    _horovod_fits_tensorflow,
+    _tensorflow_fits_variant,
+    _horovod_fits_variant,
+    _mpi_is_there,
+    _parallel_hdf5_has_mpi4py,
+)
 
 
 @dataclass(frozen=True)
 class RecipeFiles:
-    """A recipe and the contents of every file that it names.
+    """A recipe and the contents of every file that it names: whatever follows needs no further look at the disk.
 
     Args:
-        recipe: What was written.
-        lock: Text of `python.lock`.
+        recipe: What was written, on top of what it extends.
+        lock: Text of `python.lock` and of every `python.extra_locks`.
         compile_lock: Text of `compile.lock`.
         tools_lock: Text of `compile.tools_lock`.
-        self_test: Text of the self-test.
+        self_tests: Text of each of `recipe.self_test`, in their order.
         copied: Content of each of `recipe.files`, in their order.
+        archive: Where an `ArchiveBase` is: too large to carry about; its digest is in the recipe.
     """
 
     recipe: Recipe
     lock: str
     compile_lock: str
     tools_lock: str
-    self_test: str
+    self_tests: tuple[str, ...]
     copied: tuple[bytes, ...] = field(default=())
-
-
-def read_recipe(path: Path) -> RecipeFiles:
-    """Read a recipe and all that it names.
-
-    Raises:
-        SpecError: Not TOML, an unknown key, a wrong value, a missing file, a lock that disagrees with the recipe, or
-            packages that do not go together. Every problem is a line `file: key: what is wrong`.
-    """
-    recipe = parse_recipe(_read(path, path, "recipe").decode("utf-8", "replace"), path.name)
-    folder = path.parent
-    text = {
-        key: _read(folder / name, path, key).decode("utf-8", "replace")
-        for key, name in {
-            "python.lock": recipe.python.lock,
-            "compile.lock": recipe.compile.lock,
-            "compile.tools_lock": recipe.compile.tools_lock,
-            "self_test.script": recipe.self_test.script,
-        }.items()
-    }
-    check_locks(recipe, text["python.lock"], text["compile.lock"], path.name)
-    return RecipeFiles(
-        recipe,
-        lock=text["python.lock"],
-        compile_lock=text["compile.lock"],
-        tools_lock=text["compile.tools_lock"],
-        self_test=text["self_test.script"],
-        copied=tuple(_read(folder / file.source, path, "files.source") for file in recipe.files),
-    )
-
-
-def parse_recipe(text: str, name: str) -> Recipe:
-    """Return the recipe in a TOML `text`; `name` is how messages call it."""
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
-        raise SpecError(f"{name}: not valid TOML: {exc}") from exc
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as exc:
-        raise SpecError("\n".join(f"{name}: {_problem(row)}" for row in exc.errors())) from exc
-
-
-def locked(lock: str) -> dict[str, str]:
-    """Return the entries of a lock: name of the package → its whole requirement, hashes included."""
-    entries = re.split(r"^(?=[A-Za-z0-9])", lock, flags=re.MULTILINE)[1:]
-    return {entry.partition("==")[0].strip().lower(): entry.rstrip() + "\n" for entry in entries}
-
-
-def check_locks(recipe: Recipe, lock: str, compile_lock: str, name: str) -> None:
-    """Raise `SpecError` where a lock has not the version that the recipe says, has no hash, or names an address."""
-    wanted = [("python.pins", package, version, locked(lock)) for package, version in recipe.python.pins.items()]
-    wanted += [("compile.packages", p.name, p.version, locked(compile_lock)) for p in recipe.compile.packages]
-    problems = [
-        f"{name}: {key}: {package} {version} was expected in the lock, it has {_version(entries.get(package))}"
-        for key, package, version, entries in wanted
-        if _version(entries.get(package)) != version
-    ]
-    for text in (lock, compile_lock):
-        bare = [package for package, entry in locked(text).items() if "--hash=" not in entry]
-        problems += [f"{name}: {package}: no hash in the lock" for package in bare]
-        if re.search(r"://|^\s*-", re.sub(r"^\s+--hash=.*$", "", text, flags=re.MULTILINE), flags=re.MULTILINE):
-            problems.append(f"{name}: a lock holds names, versions and hashes; addresses and options belong in pip.conf")
-    if problems:
-        raise SpecError("\n".join(problems), "containers/locks/renew makes the locks from their .in files")
-
-
-def _version(entry: str | None) -> str:
-    match = re.match(r"[^=]+==\s*([^\s;\\]+)", entry or "")
-    return "none" if match is None else match.group(1)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))
-
-
-def _read(path: Path, recipe: Path, key: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as exc:
-        raise SpecError(f"{recipe.name}: {key}: {path}: {exc.strerror}", "file names are relative to the recipe") from exc
-
-
-def _problem(row: Mapping[str, Any]) -> str:
-    """One line for one of pydantic's findings: the key, and what is wrong with it."""
-    location = [part for part in row["loc"] if part != "[key]"]
-    key = ".".join(str(part) for part in location) or "recipe"
-    if row["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(location[-1]), _keys(location), n=1)
-        return f"{key}: unknown key" + (f"; did you mean '{near[0]}'?" if near else "")
-    if row["type"] == "missing":
-        return f"{key}: this key is required"
-    message = str(row["msg"]).removeprefix("Value error, ")
-    return f"{key}: {message}" + ("" if row["type"] == "value_error" else f"; got {row['input']!r}")
-
-
-def _keys(location: list[Any]) -> list[str]:
-    """Return the keys that are known beside the last one of `location`."""
-    model: Any = Recipe
-    for part in location[:-1]:
-        if isinstance(part, str) and part in model.model_fields:
-            annotation = model.model_fields[part].annotation
-            # tuple[CompiledPackage, ...] hides the model among its arguments.
-            inner = (annotation, *getattr(annotation, "__args__", ()))
-            model = next((candidate for candidate in inner if hasattr(candidate, "model_fields")), model)
-    return list(model.model_fields)
+    archive: Path | None = None

@@ -16,6 +16,7 @@ from hpcutils.rundir import RunDirectory, read_json, write_json
 from hpcutils.specs.job import Job, read_job
 from hpcutils.staging.stage import Item, Staged, cache_root, stage
 from hpcutils.train import devices
+from hpcutils.train.preflight import preflight
 from hpcutils.train.ranks import Ranks
 from hpcutils.world import World
 
@@ -24,6 +25,7 @@ def train(run: RunDirectory, world: World) -> dict[str, Any]:
     """Train the run's job as one of its ranks; returns what rank 0 writes to `result.json`."""
     started = time.perf_counter()
     job, submission = read_job(run.job.read_text()), read_json(run.submission)
+    preflight(world, wants_gpus=job.resources.devices == "gpu")
     ranks = Ranks(world)
     expected = submission["nodes"] * submission["ranks_per_node"]
     if world.world_size != expected:

@@ -45,6 +45,23 @@ def test_every_key_of_train_yaml_is_documented():
     assert {key for key in keys if f"`{key}`" not in text} == set()
 
 
+def test_every_key_of_a_recipe_and_of_site_toml_is_documented():
+    from hpcutils.specs import recipe, site
+
+    text = (ROOT / "docs" / "reference" / "recipe.md").read_text()
+    tables = {"system": recipe.System, "python": recipe.Python, "compile": recipe.Compile}
+    keys = {f"{table}.{key}" for table, cls in tables.items() for key in cls.model_fields}
+    keys |= {f"base.{key}" for cls in (recipe.DebianBase, recipe.ImageBase, recipe.ArchiveBase) for key in cls.model_fields}
+    keys |= {key for cls in (recipe.CompiledPackage, recipe.CopiedFile, recipe.SelfTest) for key in cls.model_fields}
+    keys |= set(recipe.Recipe.model_fields) - set(tables) - {"base"}
+    assert {key for key in keys if f"`{key}`" not in text} == set()
+    text = (ROOT / "docs" / "reference" / "site-toml.md").read_text()
+    tables = {"launch": site.Launch, "container": site.Container, "folders": site.Folders, "build": site.Build}
+    keys = {f"{table}.{key}" for table, cls in tables.items() for key in cls.model_fields}
+    keys |= {*site.Limits.model_fields, *site.PublishedImage.model_fields, "name", "images.ALIAS", "limits.PARTITION"}
+    assert {key for key in keys if f"`{key}`" not in text} == set()
+
+
 def test_the_command_reference_is_up_to_date(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     from generate import command_page

@@ -13,28 +13,38 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from hpcutils.image.code import CodeFile, code_files
-from hpcutils.image.digest import code_digest, digest_of, environment_digest, image_digest, wheels_digest
+from hpcutils.image.digest import base_digest, code_digest, digest_of, environment_digest, image_digest, wheels_digest
 from hpcutils.image.plan import plan_build
-from hpcutils.specs.recipe import CopiedFile, RecipeFiles, parse_recipe, read_recipe
+from hpcutils.specs.recipe import ArchiveBase, CopiedFile, ImageBase, RecipeFiles
+from hpcutils.specs.recipe_file import parse_recipe, read_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "containers/recipes/tf-horovod-cpu.toml"
 CODE = (CodeFile("hpcutils/__init__.py", b"a"), CodeFile("bin/hpcutils", b"b", executable=True))
 
 # File names in a recipe do not count: their contents do.
-NAMES_OF_FILES = {("python", "lock"), ("compile", "lock"), ("compile", "tools_lock"), ("self_test", "script")}
+NAMES_OF_FILES = {"lock", "tools_lock", "extra_locks", "script", "source", "archive"}
+DIGEST = "ab" * 32
 
 
 def standard() -> RecipeFiles:
+    """The standard recipe, with something in every place where a recipe can have something."""
     files = read_recipe(RECIPE)
     motd = CopiedFile(source="motd", target="/etc/motd", mode="0644")
-    recipe = files.recipe.model_copy(update={"files": (motd,)})
-    return dataclasses.replace(files, recipe=recipe, copied=(b"hello\n",))
+    compiling = files.recipe.compile.model_copy(update={"links": {"/opt/tools/lib64": "lib"}})
+    more = {"files": (motd,), "compile": compiling, "labels": {"org.example.owner": "somebody"}}
+    return dataclasses.replace(files, recipe=files.recipe.model_copy(update=more), copied=(b"hello\n",))
 
 
 FILES = standard()
+BASES = (
+    FILES.recipe.base,
+    ImageBase(suite="bookworm", image=f"registry.example/debian@sha256:{DIGEST}", packages=("python3",)),
+    ArchiveBase(suite="bookworm", archive="base.oci.tar", sha256=DIGEST, packages=("python3",)),
+)
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -56,7 +66,8 @@ def changed(value: Any, path: tuple[Any, ...]) -> Any:
 
 
 DATA = FILES.recipe.model_dump(mode="python")
-LEAVES = [leaf for leaf in leaves(DATA) if leaf not in NAMES_OF_FILES and leaf[-1] != "source"]
+LEAVES = [leaf for leaf in leaves(DATA) if not NAMES_OF_FILES & set(leaf)]
+BASE_LEAVES = [(base, leaf) for base in BASES for leaf in leaves(base.model_dump()) if leaf[-1] not in NAMES_OF_FILES]
 
 
 def with_recipe(data: dict[str, Any]) -> RecipeFiles:
@@ -73,7 +84,7 @@ def rebuild(model: Any, data: dict[str, Any]) -> Any:
         inner = model.model_fields[key].annotation
         candidates = [kind for kind in (inner, *getattr(inner, "__args__", ())) if hasattr(kind, "model_construct")]
         if candidates and isinstance(value, dict):
-            value = rebuild(candidates[0], value)
+            value = rebuild(next(kind for kind in candidates if set(kind.model_fields) == set(value)), value)
         elif candidates:
             value = tuple(rebuild(candidates[0], item) for item in value)
         elif isinstance(value, list):
@@ -82,19 +93,66 @@ def rebuild(model: Any, data: dict[str, Any]) -> Any:
     return model.model_construct(**parts)
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
 @pytest.mark.parametrize("leaf", LEAVES, ids=lambda leaf: ".".join(map(str, leaf)))
 def test_every_value_of_a_recipe_counts(leaf: tuple[Any, ...]) -> None:
-    assert environment_digest(with_recipe(DATA)) == environment_digest(FILES)
-    assert environment_digest(with_recipe(changed(DATA, leaf))) != environment_digest(FILES)
+    assert image_digest(with_recipe(DATA), CODE) == image_digest(FILES, CODE)
+    assert image_digest(with_recipe(changed(DATA, leaf)), CODE) != image_digest(FILES, CODE)
 
 
-@pytest.mark.parametrize("field", ["lock", "compile_lock", "tools_lock", "self_test"])
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+@pytest.mark.parametrize(("base", "leaf"), BASE_LEAVES, ids=lambda value: value[0] if isinstance(value, tuple) else "base")
+def test_every_value_of_every_kind_of_base_counts(base: Any, leaf: tuple[Any, ...]) -> None:
+    """It counts for every layer; only what is compiled knows nothing of dates."""
+
+    def digests(data: dict[str, Any]) -> set[str]:
+        files = with_recipe(DATA | {"base": data})
+        wheels = () if leaf == ("epoch",) else (wheels_digest(files),)
+        return {*wheels, base_digest(files.recipe.base), environment_digest(files), image_digest(files, CODE)}
+
+    assert not digests(base.model_dump()) & digests(changed(base.model_dump(), leaf))
+
+
+def test_every_item_of_every_list_counts() -> None:
+    """One package, file, label, variable or test less is another image."""
+    groups = {leaf[: i + 1] for leaf in LEAVES for i, part in enumerate(leaf) if i and (isinstance(part, int) or i == 1)}
+    optional = [group for group in groups if len(at(DATA, group[:-1])) > 1 and not is_model(group[:-1])]
+    assert len(optional) > 20
+    assert [group for group in optional if image_digest(with_recipe(without(DATA, group)), CODE) == image_digest(FILES, CODE)] == []
+
+
+def at(value: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        value = value[key]
+    return value
+
+
+def is_model(path: tuple[Any, ...]) -> bool:
+    """Whether a table has fixed keys, which cannot be left out."""
+    value: Any = FILES.recipe
+    for key in path:
+        value = getattr(value, key) if isinstance(value, BaseModel) else value[key]
+    return isinstance(value, BaseModel)
+
+
+def without(value: Any, path: tuple[Any, ...]) -> Any:
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    if len(path) == 1:
+        del copy[path[0]]
+    else:
+        copy[path[0]] = without(value[path[0]], path[1:])
+    return copy
+
+
+@pytest.mark.parametrize("field", ["lock", "compile_lock", "tools_lock", "self_tests"])
 @given(position=st.integers(min_value=0), letter=st.sampled_from(string.hexdigits))
 @settings(max_examples=20)
 def test_every_character_of_every_file_counts(field: str, position: int, letter: str) -> None:
-    text = getattr(FILES, field)
+    given = getattr(FILES, field)
+    text = given if isinstance(given, str) else given[0]
     at = position % (len(text) + 1)
-    other = dataclasses.replace(FILES, **{field: text[:at] + letter + text[at:]})
+    changed = text[:at] + letter + text[at:]
+    other = dataclasses.replace(FILES, **{field: changed if isinstance(given, str) else (changed, *given[1:])})
     assert image_digest(other, CODE) != image_digest(FILES, CODE)
 
 
@@ -186,13 +244,21 @@ def test_wheels_belong_to_what_they_were_compiled_against() -> None:
     assert with_lock("submitit==1.5.4", "submitit==1.5.3") == wheels_digest(FILES)
 
 
+def test_another_self_test_needs_no_other_environment() -> None:
+    other = dataclasses.replace(FILES, self_tests=("print()",))
+    assert environment_digest(other) == environment_digest(FILES)
+    assert image_digest(other, CODE) != image_digest(FILES, CODE)
+
+
 def test_flags_of_compiled_packages_count_for_wheels() -> None:
     index = next(leaf for leaf in LEAVES if leaf[-1] == "HOROVOD_WITH_MPI")
     assert wheels_digest(with_recipe(changed(DATA, index))) != wheels_digest(FILES)
 
 
 def test_parse_gives_equal_digests_for_another_order_of_keys() -> None:
-    lines = RECIPE.read_text().replace('[labels]\n"org.opencontainers.image.title" = "tf-horovod-cpu"\n', "")
-    moved = lines.replace("[environment]", '[labels]\n"org.opencontainers.image.title" = "tf-horovod-cpu"\n\n[environment]')
+    text = RECIPE.read_text()
+    table = text[text.index("[environment]") : text.index("[[self_test]]")]
+    moved = text.replace(table, "").replace("[system]", f"{table}\n[system]")
+    assert moved != text
     other = dataclasses.replace(read_recipe(RECIPE), recipe=parse_recipe(moved, "moved"))
     assert environment_digest(other) == environment_digest(read_recipe(RECIPE))

@@ -25,7 +25,7 @@ from hpcutils.image.exec_line import bind, exec_argv
 from hpcutils.image.find import find_builder
 from hpcutils.image.render import PYTHON
 from hpcutils.image.sif import parse_listing
-from hpcutils.specs.recipe import locked
+from hpcutils.specs.recipe_file import locked
 
 pytestmark = pytest.mark.apptainer
 

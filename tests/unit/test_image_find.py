@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from hpcutils.errors import ImageError, RequestError
-from hpcutils.image.exec_line import bind, exec_argv
+from hpcutils.image.exec_line import bind, docker_argv, exec_argv, pyxis_options
 from hpcutils.image.find import find_image, images_folder
 from hpcutils.image.sif import SifObject, parse_listing
+
+GOLDEN = Path(__file__).parents[1] / "golden/exec"
 
 
 def make(folder: Path, digest: str = "0123456789ab") -> Path:
@@ -86,3 +89,34 @@ def test_a_listing_of_apptainer_is_read() -> None:
         SifObject("Def.FILE", 32176, 33466),
         SifObject("FS (Squashfs/*System/amd64)", 36864, 530223104),
     ]
+
+
+def test_exec_line_of_docker() -> None:
+    argv = docker_argv("a:1", [bind("/data", read_only=True)], {"A": "1", "PMIX_RANK": "7"}, True, user="1000:100", cwd="/run")
+    lines = "\n".join(argv) + "\n"
+    assert_golden("docker.txt", lines)
+    assert "PMIX_RANK=7" in argv and "PMIX_RANK" not in argv
+
+
+def test_exec_line_of_podman() -> None:
+    argv = docker_argv("a:1", (), None, True, user="1000:100", program="podman", variant="rocm")
+    assert_golden("podman.txt", "\n".join(argv) + "\n")
+
+
+def test_options_of_pyxis() -> None:
+    options, variables = pyxis_options("docker://registry.example#a:1", [bind("/data", read_only=True)], {"A": "1"}, cwd="/run")
+    assert_golden("pyxis.txt", "\n".join([*options, *(f"{name}={value}" for name, value in variables.items())]) + "\n")
+    with pytest.raises(RequestError, match="comma"):
+        pyxis_options("a", ["/a,b:/c"])
+
+
+def test_rocm_has_a_flag_of_its_own() -> None:
+    assert "--rocm" in exec_argv("a.sif", gpu=True, variant="rocm") and "--nv" in exec_argv("a.sif", gpu=True, variant="cpu")
+
+
+def assert_golden(name: str, text: str) -> None:
+    file = GOLDEN / name
+    if os.environ.get("HPCUTILS_UPDATE_GOLDEN"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    assert text == file.read_text()

@@ -12,7 +12,8 @@ import pytest
 
 from hpcutils.image.base import bootstrap_argv, bootstrap_options
 from hpcutils.image.render import definition, dockerfile, stages
-from hpcutils.specs.recipe import Recipe, parse_recipe
+from hpcutils.specs.recipe import DebianBase, Recipe
+from hpcutils.specs.recipe_file import parse_recipe
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden/image"
@@ -39,7 +40,7 @@ GREETING = "it's \\"$HOME\\" \\\\ `id`"
 source = "motd"
 target = "/etc/motd"
 mode = "0600"
-[self_test]
+[[self_test]]
 script = "t.py"
 """
 
@@ -52,6 +53,25 @@ def small() -> Recipe:
     return parse_recipe(SMALL, "small.toml")
 
 
+def cuda() -> Recipe:
+    return parse_recipe((ROOT / "containers/recipes/tf-horovod-cuda.toml").read_text(), "tf-horovod-cuda.toml")
+
+
+def on(name: str, base: str) -> Recipe:
+    """The small recipe on another kind of base."""
+    text = SMALL.replace('name = "small"', f'name = "{name}"').replace("epoch = 0", base)
+    return parse_recipe(text, "small.toml")
+
+
+RECIPES = [
+    standard(),
+    cuda(),
+    small(),
+    on("small-on-image", f'image = "registry.example/debian@sha256:{"0" * 64}"'),
+    on("small-on-archive", f'archive = "base.oci.tar"\nsha256 = "{"0" * 64}"'),
+]
+
+
 def assert_golden(name: str, text: str) -> None:
     """Compare with a golden file; HPCUTILS_UPDATE_GOLDEN=1 writes it instead, for a look at the diff."""
     file = GOLDEN / name
@@ -60,13 +80,13 @@ def assert_golden(name: str, text: str) -> None:
     assert text == file.read_text()
 
 
-@pytest.mark.parametrize("recipe", [standard(), small()], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 def test_golden(recipe: Recipe) -> None:
     assert_golden(f"{recipe.name}.def", definition(recipe))
     assert_golden(f"{recipe.name}.Dockerfile", dockerfile(recipe))
 
 
-@pytest.mark.parametrize("recipe", [standard(), small()], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 def test_both_formats_have_every_line_of_every_step_in_order(recipe: Recipe) -> None:
     wanted = [line.strip() for stage in stages(recipe) for step in stage.steps for line in step.lines]
     for text in (definition(recipe), dockerfile(recipe)):
@@ -76,11 +96,11 @@ def test_both_formats_have_every_line_of_every_step_in_order(recipe: Recipe) -> 
             assert any(bare in found for found in lines), f"missing or out of order: {line}"
 
 
-@pytest.mark.parametrize("recipe", [standard(), small()], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 @pytest.mark.parametrize("section", ["%setup", "%post"])
 def test_the_shell_accepts_every_section(recipe: Recipe, section: str) -> None:
     bodies = re.findall(rf"^{section}\n((?:    .*\n|\n)+)", definition(recipe), re.MULTILINE)
-    assert len(bodies) == 2
+    assert len(bodies) == (2 if section == "%post" or isinstance(recipe.base, DebianBase) else 0)
     for body in bodies:
         subprocess.run(["sh", "-n"], input=body, text=True, check=True)
 
@@ -116,6 +136,13 @@ def test_compilers_are_not_in_the_image() -> None:
     assert words >= set(standard().system.packages)
     assert not words & set(standard().compile.system_packages)
     assert image.taken == "/opt/hpcutils-env" and compiling.taken is None
+
+
+def test_a_gpu_image_links_nccl_in_and_leaves_the_compiler_out() -> None:
+    text = definition(cuda())
+    assert "HOROVOD_GPU_OPERATIONS=NCCL" in text and "nvidia/nccl/lib" in text
+    _, image = stages(cuda())
+    assert not any("/opt/tools" in line for step in image.steps for line in step.lines)
 
 
 def test_the_base_is_told_only_public_addresses() -> None:

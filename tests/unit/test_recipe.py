@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hpcutils.errors import SpecError
-from hpcutils.specs.recipe import RecipeFiles, locked, parse_recipe, read_recipe
+from hpcutils.specs.recipe import ArchiveBase, ImageBase, RecipeFiles
+from hpcutils.specs.recipe_file import joined, locked, parse_recipe, read_recipe
 
 ROOT = Path(__file__).parents[2]
 CONTAINERS = ROOT / "containers"
@@ -59,7 +63,10 @@ def test_the_standard_recipe_says_what_the_project_promises() -> None:
         ("epoch = 1735689600", 'epoch = "today"', "base.epoch: "),
         ('built_against = ["tensorflow-cpu"]', "built_with = []", "compile.packages.1.built_with: unknown key"),
         ('"graphviz"', '"graphviz; true"', "system.packages.0: "),
-        ("[labels]", "[labels", "not valid TOML"),
+        ("[environment]", "[environment", "not valid TOML"),
+        ('suite = "bookworm"', 'image = "debian:12"', "base.image: "),
+        ("ranks = 2", "ranks = 0", "self_test.0.ranks: "),
+        ('name = "tf-horovod-cpu"', 'extend = "x"', "extend: unknown key; did you mean 'extends'?"),
     ],
 )
 def test_a_wrong_key_or_value_is_told_with_file_and_key(folder: Path, old: str, new: str, message: str) -> None:
@@ -68,8 +75,8 @@ def test_a_wrong_key_or_value_is_told_with_file_and_key(folder: Path, old: str, 
 
 def test_all_mistakes_are_told_at_once(folder: Path) -> None:
     change(folder, f"recipes/{NAME}.toml", 'suite = "bookworm"', 'suite = "sid"')
-    said = error(change(folder, f"recipes/{NAME}.toml", "[labels]", "[lables]"))
-    assert "base.suite" in said and "lables: unknown key; did you mean 'labels'?" in said
+    said = error(change(folder, f"recipes/{NAME}.toml", "[environment]", "[enviroment]"))
+    assert "base.suite" in said and "enviroment: unknown key; did you mean 'environment'?" in said
 
 
 @pytest.mark.parametrize("version", ["2.19.0", "2.20.1", "3.0.0"])
@@ -81,6 +88,125 @@ def test_a_tensorflow_that_horovod_does_not_compile_against_is_refused_with_the_
 
 def test_horovod_needs_a_tensorflow(folder: Path) -> None:
     assert "give TensorFlow's version" in error(change(folder, f"recipes/{NAME}.toml", 'tensorflow-cpu = "2.18.1", ', ""))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (
+            'variant = "cpu"',
+            'variant = "cuda"',
+            "compiled with HOROVOD_GPU_OPERATIONS=NCCL, else it sums gradients",
+        ),
+        ('variant = "cpu"', 'variant = "cuda"', "variant 'cuda' with tensorflow-cpu: its TensorFlow is distributed as tensorflow"),
+        ('variant = "cpu"', 'variant = "rocm"', "HOROVOD_GPU=ROCM"),
+        ("HOROVOD_WITH_MPI", "HOROVOD_GPU_OPERATIONS", "there is no CUDA or ROCm in the image"),
+        (', "openmpi-bin"]', "]", "horovod with MPI: system.packages has no openmpi-bin"),
+        ('"libopenmpi-dev", ', "", "compile.system_packages has no libopenmpi-dev"),
+        ('built_against = ["mpi4py", "numpy"]', 'built_against = ["numpy"]', "name mpi4py in its built_against"),
+    ],
+)
+def test_packages_that_do_not_go_together_are_refused_with_the_reason(folder: Path, old: str, new: str, reason: str) -> None:
+    assert reason in error(change(folder, f"recipes/{NAME}.toml", old, new))
+
+
+# Recipes that extend others.
+
+MINE = """
+name = "mine"
+summary = "with more"
+extends = "tf-horovod-cpu"
+[system]
+packages = ["git", "graphviz"]
+[python]
+extra_locks = ["mine.txt"]
+[environment]
+LC_ALL = "C"
+MINE = "1"
+[[files]]
+source = "motd"
+target = "/etc/motd"
+[[compile.packages]]
+name = "h5py"
+version = "3.14.0"
+built_against = ["mpi4py"]
+"""
+EXTRA = f"tomlkit==0.13.3 \\\n    --hash=sha256:{'0' * 64}\n"
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A recipe of a user's own, in a folder of its own."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/motd").write_text("hello\n")
+    (tmp_path / "own/mine.txt").write_text(EXTRA)
+    (tmp_path / "own/mine.toml").write_text(MINE)
+    return tmp_path / "own/mine.toml"
+
+
+def test_a_recipe_says_only_what_is_different(mine: Path) -> None:
+    below, files = read_recipe(CONTAINERS / f"recipes/{NAME}.toml"), read_recipe(mine, [CONTAINERS])
+    recipe = files.recipe
+    assert (recipe.name, recipe.variant, recipe.base) == ("mine", "cpu", below.recipe.base)
+    # Added to, and nothing twice.
+    assert recipe.system.packages == (*(p for p in below.recipe.system.packages if p != "graphviz"), "git", "graphviz")
+    assert recipe.environment == below.recipe.environment | {"LC_ALL": "C", "MINE": "1"}
+    # Replaced by name.
+    assert [package.name for package in recipe.compile.packages] == ["horovod", "h5py"]
+    assert recipe.compile.packages[1].built_against == ("mpi4py",)
+    # Each file from where it was named.
+    assert files.lock == below.lock + EXTRA
+    assert (files.copied, files.self_tests) == ((b"hello\n",), below.self_tests)
+
+
+def test_a_recipe_extends_a_file_that_extends_another(mine: Path, tmp_path: Path) -> None:
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper/third.toml").write_text('name = "third"\nsummary = "s"\nextends = "../own/mine.toml"\n')
+    files = read_recipe(tmp_path / "deeper/third.toml", [CONTAINERS])
+    assert files.recipe.name == "third" and "git" in files.recipe.system.packages and files.copied == (b"hello\n",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('summary = "s"\nextends = "tf-horovod-cpu"', "mine.toml: name: this key is required"),
+        ('name = "a"\nsummary = "s"\nextends = "nothing"', "mine.toml: extends: no recipe is called 'nothing'"),
+        ('name = "a"\nsummary = "s"\nextends = 3', "mine.toml: extends: the name or file of a recipe was expected, got 3"),
+        ('name = "a"\nsummary = "s"\nextends = "mine.toml"', "recipes extend each other: mine.toml → mine.toml"),
+        ('name = "a"\nsummary = "s"\nextends = "gone.toml"', "gone.toml: recipe: "),
+        (MINE.replace("mine.txt", "gone.txt"), "python.extra_locks: "),
+        (MINE.replace('source = "motd"', 'source = "gone"'), "files.source: "),
+        (MINE.replace("[python]\n", '[python]\npins.tensorflow-cpu = "2.19.0"\n'), "no longer ship the LLVM and XLA headers"),
+    ],
+)
+def test_what_is_wrong_with_an_extending_recipe_is_told(mine: Path, text: str, message: str) -> None:
+    mine.write_text(text)
+    with pytest.raises(SpecError) as caught:
+        read_recipe(mine, [CONTAINERS])
+    assert message in str(caught.value)
+
+
+def test_a_package_in_two_locks_is_refused(mine: Path) -> None:
+    """pip would say `double requirement given`, minutes later."""
+    (mine.parent / "mine.txt").write_text(EXTRA.replace("tomlkit==0.13.3", "keras==3.15.1"))
+    with pytest.raises(SpecError, match="keras is in two locks"):
+        read_recipe(mine, [CONTAINERS])
+
+
+def test_a_broken_recipe_is_told_under_its_own_name(mine: Path, folder: Path) -> None:
+    change(folder, f"recipes/{NAME}.toml", 'variant = "cpu"', 'variant = "gpu"')
+    with pytest.raises(SpecError, match="tf-horovod-cpu: variant: Input should be"):
+        read_recipe(mine, [folder])
+
+
+@pytest.mark.parametrize(
+    "base", [f'image = "registry.example/debian@sha256:{"0" * 64}"', f'archive = "base.oci.tar"\nsha256 = "{"0" * 64}"']
+)
+def test_another_base_replaces_the_whole_of_it(mine: Path, base: str) -> None:
+    mine.write_text(f'{MINE}\n[base]\nsuite = "bookworm"\n{base}\n')
+    files = read_recipe(mine, [CONTAINERS])
+    assert type(files.recipe.base) is (ArchiveBase if "archive" in base else ImageBase)
+    assert files.archive == (mine.parent / "base.oci.tar" if "archive" in base else None)
 
 
 def test_a_lock_with_another_version_is_refused(folder: Path) -> None:
@@ -119,6 +245,22 @@ def test_no_lock_names_an_address(path: Path) -> None:
     text = path.read_text()
     assert "://" not in text
     assert all("--hash=sha256:" in entry for entry in locked(text).values()) and locked(text)
+
+
+texts = st.recursive(
+    st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", max_size=1), inner),
+)
+tables = st.dictionaries(st.text("abc", max_size=1), texts, max_size=3)
+
+
+@given(below=tables, above=tables)
+def test_what_is_said_above_wins_and_nothing_else_is_lost(below: dict[str, Any], above: dict[str, Any]) -> None:
+    result = joined(below, above)
+    assert joined(result, above) == result, "saying it twice changes nothing"
+    assert set(result) == set(below) | set(above)
+    assert all(result[key] == value for key, value in below.items() if key not in above)
+    assert all(result[key] == value for key, value in above.items() if not isinstance(value, list | dict))
 
 
 def test_a_recipe_is_frozen() -> None:

@@ -1,6 +1,7 @@
 # small: one compiled package and a file
 # Rendered from the recipe; change that, not this.
 
+# The base: bootstrapped from its packages beforehand.
 FROM scratch AS base
 ADD base.tar /
 
@@ -50,7 +51,7 @@ RUN \
 
 FROM base AS image
 COPY --from=python /opt/hpcutils-env /opt/hpcutils-env
-COPY files/0 /etc/motd
+COPY files/0-motd /etc/motd
 
 # modes of copied files
 RUN \
@@ -70,5 +71,8 @@ ENV GREETING="it's \"\$HOME\" \\ `id`"
 
 LABEL hpcutils.recipe="small"
 LABEL hpcutils.variant="cpu"
+LABEL org.opencontainers.image.title="small"
+LABEL org.opencontainers.image.description="one compiled package and a file"
 
 COPY --from=code / /hpcutils-src/
+RUN /opt/hpcutils-env/bin/python3 -m compileall -q --invalidation-mode unchecked-hash /hpcutils-src

@@ -1,6 +1,7 @@
 # tf-horovod-cpu: Keras 3 and Horovod over Open MPI, with parallel HDF5, for CPU nodes
 # Rendered from the recipe; change that, not this.
 
+# The base: bootstrapped from its packages beforehand.
 FROM scratch AS base
 ADD base.tar /
 
@@ -88,5 +89,7 @@ ENV PMIX_MCA_gds="hash"
 LABEL hpcutils.recipe="tf-horovod-cpu"
 LABEL hpcutils.variant="cpu"
 LABEL org.opencontainers.image.title="tf-horovod-cpu"
+LABEL org.opencontainers.image.description="Keras 3 and Horovod over Open MPI, with parallel HDF5, for CPU nodes"
 
 COPY --from=code / /hpcutils-src/
+RUN /opt/hpcutils-env/bin/python3 -m compileall -q --invalidation-mode unchecked-hash /hpcutils-src

@@ -1,0 +1,149 @@
+"""Renewing a recipe's locks: every `.in` file beside a lock is resolved again, by uv, into versions and hashes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hpcutils.errors import ImageError, MissingPartError, SpecError
+from hpcutils.fs import write_text
+from hpcutils.image.machine import without_addresses
+from hpcutils.image.plan import find_recipe, recipe_roots
+from hpcutils.shell import run
+from hpcutils.specs.recipe import Recipe
+from hpcutils.specs.recipe_file import checked, locked, recipe_data, version_of
+
+RESOLVE_S = 600.0
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """One lock to renew.
+
+    Args:
+        source: What is asked for, a `.in` file.
+        lock: The lock beside it.
+        constraints: Locks that it has to agree with.
+        left_out: Packages that it must not list: they are in another lock, or compiled.
+        compiled: Packages that are compiled from their sources; their dependencies are other locks' business.
+    """
+
+    source: Path
+    lock: Path
+    constraints: tuple[Path, ...]
+    left_out: tuple[str, ...]
+    compiled: tuple[str, ...] = ()
+
+    def words(self, uv: str, target: Path, *, upgrade: bool) -> list[str]:
+        """Return the command that writes the lock to `target`."""
+        shape = ["--generate-hashes", "--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links"]
+        words = [uv, "pip", "compile", "--quiet", "--python-version", "3.11", *shape]
+        words += [word for path in self.constraints for word in ("--constraint", str(path))]
+        words += [word for name in self.left_out for word in ("--no-emit-package", name)]
+        words += ["--no-deps"] if self.compiled else []
+        words += [word for name in self.compiled for word in ("--no-binary", name)]
+        words += ["--upgrade"] if upgrade else []
+        return [*words, str(self.source), "--output-file", str(target)]
+
+
+@dataclass(frozen=True)
+class Renewed:
+    """What became of one lock.
+
+    Args:
+        lock: The file.
+        changes: A line for each package: `name 1.0 → 1.1`.
+    """
+
+    lock: Path
+    changes: tuple[str, ...]
+
+
+def plan_lock(name: str) -> tuple[Resolution, ...]:
+    """Return how the locks of a recipe are renewed, first to last: the later ones agree with the earlier.
+
+    Locks that do not exist yet are made, so the recipe's files are not read here, only their names.
+
+    Raises:
+        SpecError: No such recipe, or no `.in` file beside any of its locks.
+    """
+    path = find_recipe(name)
+    recipe = checked(recipe_data(path, recipe_roots()), path.name)
+    found = tuple(step for step in _resolutions(recipe) if step.source.is_file())
+    if not found:
+        raise SpecError(f"{path.name}: no lock of it has a .in file beside it", "write what is wanted into NAME.in beside NAME.txt")
+    return found
+
+
+def _resolutions(recipe: Recipe) -> list[Resolution]:
+    compiled, main, tools = (Path(name) for name in (recipe.compile.lock, recipe.python.lock, recipe.compile.tools_lock))
+    extra = [Path(name) for name in recipe.python.extra_locks]
+    by_hand = tuple(package.name for package in recipe.compile.packages)
+    wanted = [
+        Resolution(_source(compiled), compiled, (), (), by_hand),
+        Resolution(_source(main), main, (_source(compiled),), by_hand),
+        Resolution(_source(tools), tools, (main,), ()),
+    ]
+    for i, lock in enumerate(extra):
+        below = (main, *extra[:i])
+        listed = tuple(name for other in below if other.is_file() for name in locked(other.read_text(encoding="utf-8")))
+        wanted.append(Resolution(_source(lock), lock, (*below, _source(compiled)), (*by_hand, *listed)))
+    return wanted
+
+
+def run_lock(resolution: Resolution, *, upgrade: bool) -> Renewed:
+    """Resolve one `.in` file again; without `upgrade` only what it asks for changes.
+
+    Raises:
+        MissingPartError: There is no uv.
+        ImageError: What is asked for cannot be had together.
+    """
+    before = _entries(resolution.lock)
+    step = replace(resolution, constraints=tuple(path for path in resolution.constraints if path.is_file()))
+    with tempfile.TemporaryDirectory(prefix="hpcutils-lock-") as folder:
+        target = Path(folder) / resolution.lock.name
+        if resolution.lock.is_file():
+            # uv keeps what the file has, where that is possible.
+            shutil.copyfile(resolution.lock, target)
+        done = run(step.words(find_uv(), target, upgrade=upgrade), check=False, timeout_s=RESOLVE_S)
+        if done.returncode != 0:
+            raise ImageError(f"{resolution.source}: {without_addresses(done.stderr.strip())}", "the old lock is still there")
+        text, after = target.read_text(encoding="utf-8"), _entries(target)
+    # A lock is for every machine: whoever installs from it says where from.
+    if re.search(r"://|^--(?:index|extra|find)", text, re.MULTILINE):
+        raise ImageError(f"{resolution.lock}: the lock would name an address", "say where packages come from in pip.conf")
+    if after != before:
+        head = f"# Made by 'hpcutils image lock' from {resolution.source.name}.\n"
+        write_text(resolution.lock, head + "".join(after.values()))
+    return Renewed(resolution.lock, _changes(before, after))
+
+
+def find_uv() -> str:
+    """Return uv: on PATH, or beside this Python.
+
+    Raises:
+        MissingPartError: There is none.
+    """
+    beside = Path(sys.executable).parent / "uv"
+    found = shutil.which("uv") or (str(beside) if beside.is_file() else None)
+    if found is None:
+        raise MissingPartError("locks are resolved by uv, which is not installed", "pip install uv")
+    return found
+
+
+def _source(lock: Path) -> Path:
+    return lock.with_suffix(".in")
+
+
+def _entries(lock: Path) -> dict[str, str]:
+    return locked(lock.read_text(encoding="utf-8")) if lock.is_file() else {}
+
+
+def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[str, ...]:
+    names = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
+    return tuple(f"{name} {version_of(before.get(name))} → {version_of(after.get(name))}" for name in names)

@@ -1,0 +1,134 @@
+"""Building an image for Docker and its kin: the Dockerfile, built into an OCI archive by whatever program works here."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpcutils.errors import ImageError
+from hpcutils.image.code import CodeFile, write_code
+from hpcutils.image.layers import Workbench, check_archive, fill_build_folder, keep_wheels, plain_environment, show
+from hpcutils.image.machine import without_addresses
+from hpcutils.image.render import BASE_ARCHIVE, dockerfile
+from hpcutils.shell import run, stream
+from hpcutils.specs.recipe import ArchiveBase, DebianBase, RecipeFiles
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A program that builds Dockerfiles, with storage of this build's own where it can have one.
+
+    Args:
+        name: `docker`, `buildah` or `podman`.
+        program: Its path.
+        folder: The build's temporary folder.
+    """
+
+    name: str
+    program: str
+    folder: Path
+
+    def words(self) -> list[str]:
+        """Return the program and where it keeps its layers: in the build's folder, so that nothing is left behind."""
+        if self.name == "docker":
+            return [self.program]
+        storage = ["--root", str(self.folder / "storage"), "--runroot", str(self.folder / "storage-run")]
+        # vfs copies whole layers, and works on every file system without a privilege.
+        return [self.program, *storage, "--storage-driver", "vfs"]
+
+    def build_words(self, tag: str, target: Path) -> list[str]:
+        """Return the command that builds the folder's Dockerfile; with `docker` the archive is its result."""
+        contexts = [word for name in ("build", "code") for word in ("--build-context", f"{name}={self.folder / CONTEXTS[name]}")]
+        file = ["--file", str(self.folder / "context/Dockerfile")]
+        if self.name == "docker":
+            output = ["--output", f"type=oci,dest={target}"]
+            return [*self.words(), "buildx", "build", *file, *contexts, *output, str(self.folder / "context")]
+        # chroot needs no namespaces but the user's own: it works inside of other containers.
+        options = ["--isolation", "chroot", "--format", "oci", "--tag", tag]
+        return [*self.words(), "build", *options, *file, *contexts, str(self.folder / "context")]
+
+    def save_words(self, tag: str, target: Path) -> list[str]:
+        """Return the command that writes the archive; empty for `docker`, which has written it."""
+        return [] if self.name == "docker" else [*self.words(), "push", "--quiet", tag, f"oci-archive:{target}:{tag}"]
+
+
+CONTEXTS = {"build": "mnt", "code": "code"}
+
+
+def make_oci(
+    files: RecipeFiles, code: Sequence[CodeFile], base: Path, wheels: Path, result: Path, engine: Engine, bench: Workbench
+) -> None:
+    """Write `result`: the recipe's image as an OCI archive.
+
+    Args:
+        files: The recipe.
+        code: hpcutils' own code, and the self-tests.
+        base: The base.
+        wheels: Folder of compiled wheels: used when it is there, made when it is not.
+        result: Where the archive goes.
+        engine: What builds.
+        bench: What it is made with.
+
+    Raises:
+        ImageError: The build failed; its last lines are in the message.
+    """
+    if isinstance(files.recipe.base, ArchiveBase) and engine.name == "docker":
+        raise ImageError("Docker cannot build on an archive", "load it, push it to a registry, and name it as base.image")
+    check_archive(files)
+    fill_build_folder(files, bench.folder, wheels, bench.machine)
+    _fill_context(files, code, base, bench.folder)
+    tag, environment = f"localhost/{files.recipe.name}:latest", _environment(bench.folder)
+    try:
+        stream(engine.build_words(tag, result), show, env=environment, error=ImageError, shown=without_addresses)
+    finally:
+        keep_wheels(bench.folder / "mnt/wheels", wheels)
+    saving = engine.save_words(tag, result)
+    if saving:
+        run(saving, env=environment, error=ImageError)
+
+
+@contextmanager
+def entering(engine: Engine, archive: Path) -> Iterator[list[str]]:
+    """Yield the words that run a program inside an OCI archive; the container is gone afterwards."""
+    environment = _environment(engine.folder)
+    if engine.name == "buildah":
+        name = run([*engine.words(), "from", "--quiet", f"oci-archive:{archive}"], env=environment, error=ImageError).stdout.strip()
+        try:
+            # Of its own, chroot gives a container nothing in /dev/shm to write to.
+            yield [*engine.words(), "run", "--isolation", "chroot", "--volume", "/dev/shm:/dev/shm", name, "--"]
+        finally:
+            run([*engine.words(), "rm", name], env=environment, check=False)
+        return
+    loaded = run([*engine.words(), "load", "--input", str(archive)], env=environment, error=ImageError).stdout
+    tag = loaded.strip().splitlines()[-1].partition(": ")[2]
+    yield [*engine.words(), "run", "--rm", "--ipc=host", tag]
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    return plain_environment(TMPDIR=str(folder), BUILDAH_ISOLATION="chroot", STORAGE_DRIVER="vfs")
+
+
+def _fill_context(files: RecipeFiles, code: Sequence[CodeFile], base: Path, folder: Path) -> None:
+    """Make the folder of the Dockerfile, and that of the code."""
+    context = folder / "context"
+    context.mkdir()
+    (folder / "files").rename(context / "files")
+    (context / "Dockerfile").write_text(dockerfile(files.recipe), encoding="utf-8")
+    (folder / "code").mkdir()
+    write_code(code, folder / "code")
+    if isinstance(files.recipe.base, DebianBase):
+        _copy_without_devices(base, context / BASE_ARCHIVE)
+    elif isinstance(files.recipe.base, ArchiveBase):
+        shutil.copyfile(base, context / BASE_ARCHIVE)
+
+
+def _copy_without_devices(source: Path, target: Path) -> None:
+    """Copy a tar but for its device files: an ordinary user cannot make them, and every engine brings its own."""
+    with tarfile.open(source) as old, tarfile.open(target, "w") as new:
+        for member in old:
+            if not member.isdev():
+                new.addfile(member, old.extractfile(member) if member.isreg() else None)
