@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,4 +174,11 @@ def _publish(name: str, alias: str, folder: Path, key: int | None, dry_run: bool
     check_can_be_published(found)
     trust.verify(found)
     plan = plan_publication(found, alias, folder.resolve(), writable_site_file(), key)
-    return plan.describe() if dry_run else run_publication(plan).path
+    return plan.describe() if dry_run else run_publication(plan, _passphrase(key)).path
+
+
+def _passphrase(key: int | None) -> str:
+    named = os.environ.get("HPCUTILS_SIGN_PASSPHRASE")
+    if key is None or named is not None or not sys.stdin.isatty():
+        return named or ""
+    return str(click.prompt(f"passphrase of key {key}", hide_input=True, default="", show_default=False, err=True))

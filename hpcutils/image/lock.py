@@ -16,7 +16,7 @@ from hpcutils.image.machine import without_addresses
 from hpcutils.image.plan import find_recipe, recipe_roots
 from hpcutils.shell import run
 from hpcutils.specs.recipe import Recipe
-from hpcutils.specs.recipe_file import checked, locked, recipe_data, version_of
+from hpcutils.specs.recipe_file import checked, locked, own_data, recipe_data, version_of
 
 RESOLVE_S = 600.0
 
@@ -65,16 +65,17 @@ class Renewed:
 
 
 def plan_lock(name: str) -> tuple[Resolution, ...]:
-    """Return how the locks of a recipe are renewed, first to last: the later ones agree with the earlier.
+    """Return how the locks that a recipe names itself are renewed, first to last: the later ones agree with the earlier.
 
-    Locks that do not exist yet are made, so the recipe's files are not read here, only their names.
+    Those of a recipe that it extends are another's business. Locks that do not exist yet are made, so the recipe's files are not read here, only their names.
 
     Raises:
         SpecError: No such recipe, or no `.in` file beside any of its locks.
     """
     path = find_recipe(name)
     recipe = checked(recipe_data(path, recipe_roots()), path.name)
-    found = tuple(step for step in _resolutions(recipe) if step.source.is_file())
+    own = str(own_data(path))
+    found = tuple(step for step in _resolutions(recipe) if str(step.lock) in own and step.source.is_file())
     if not found:
         raise SpecError(f"{path.name}: no lock of it has a .in file beside it", "write what is wanted into NAME.in beside NAME.txt")
     return found

@@ -64,8 +64,12 @@ def plan_publication(image: Image, alias: str, folder: Path, site_file: Path, ke
     return Publication(image, alias, folder / image.path.name, site_file, key, public)
 
 
-def run_publication(plan: Publication) -> PublishedImage:
+def run_publication(plan: Publication, passphrase: str = "") -> PublishedImage:
     """Copy, sign, and give the image its entry: in this order, so that the entry never names what is not there.
+
+    Args:
+        plan: What to do.
+        passphrase: That of the key; empty for a key that has none.
 
     Raises:
         ImageError: The copy could not be signed.
@@ -74,7 +78,7 @@ def run_publication(plan: Publication) -> PublishedImage:
         shutil.copyfile(plan.image.path, temporary)
         temporary.chmod(0o755)
         if plan.key is not None and plan.public_key is not None:
-            sign(temporary, plan.key, plan.public_key)
+            sign(temporary, plan.key, plan.public_key, passphrase)
         sha256 = digest_file(temporary)
         # A signature is part of the file: the copy has a digest of its own.
         sidecar = {
@@ -104,19 +108,35 @@ def set_status(site_file: Path, site: Site, alias: str, status: Status, note: st
     return published
 
 
-def sign(image: Path, key: int, public_key: Path) -> None:
-    """Sign a SIF with a key of Apptainer's own keyring, and leave the public key in a file.
+def sign(image: Path, key: int, public_key: Path, passphrase: str) -> None:
+    """Sign a SIF with a key of Apptainer's own keyring, and leave the public half in a file.
 
     Raises:
-        ImageError: There is no such key, or its passphrase was not given (`$APPTAINER_SIGN_PASSPHRASE`, or on the terminal).
+        ImageError: There is no such key, or its passphrase is another.
     """
-    builder, environment = find_builder(), plain_environment()
-    hint = "'apptainer key list --secret' shows the keys, 'apptainer key newpair' makes one"
-    run([builder, "sign", "--keyidx", str(key), str(image)], env=environment, error=ImageError, hint=hint)
-    listing = run([builder, "key", "list", "--secret"], env=environment, error=ImageError).stdout
+    builder, environment = find_builder(), keyring_environment()
+    secret = fingerprints(run([builder, "key", "list", "--secret"], env=environment, error=ImageError).stdout)
+    if key not in secret:
+        known = ", ".join(f"{number} ({mark[-8:]})" for number, mark in secret.items()) or "none"
+        raise ImageError(f"there is no key {key} to sign with; there are: {known}", "'apptainer key newpair' makes one")
+    run([builder, "sign", "--keyidx", str(key), str(image)], env=environment, input=f"{passphrase}\n", error=ImageError)
+    public = fingerprints(run([builder, "key", "list"], env=environment, error=ImageError).stdout)
+    number = next(number for number, mark in public.items() if mark == secret[key])
     public_key.unlink(missing_ok=True)
-    run([builder, "key", "export", "--armor", str(public_key)], env=environment, input=f"{key}\n", error=ImageError, hint=listing)
+    run([builder, "key", "export", "--armor", str(public_key)], env=environment, input=f"{number}\n", error=ImageError)
     public_key.chmod(0o644)
+
+
+def fingerprints(listing: str) -> dict[int, str]:
+    """Return the fingerprint of each key in the output of `apptainer key list`, by its number."""
+    rows = re.findall(r"^(\d+)\)(?:.*\n)*?\s*Fingerprint:\s*([0-9A-F]+)", listing, re.MULTILINE)
+    return {int(number): mark for number, mark in rows}
+
+
+def keyring_environment() -> dict[str, str]:
+    """Return the environment for Apptainer's key commands: which keyring is meant is for the caller to say."""
+    kept = {name: os.environ[name] for name in ("APPTAINER_KEYSDIR", "SINGULARITY_KEYSDIR") if name in os.environ}
+    return plain_environment(**kept)
 
 
 def write_entry(site_file: Path, alias: str, published: PublishedImage) -> None:

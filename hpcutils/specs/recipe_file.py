@@ -142,7 +142,7 @@ def recipe_data(path: Path, roots: Sequence[Path] = (), chain: tuple[Path, ...] 
     if path.resolve() in chain:
         names = " → ".join(link.name for link in (*chain, path))
         raise SpecError(f"{path.name}: extends: recipes extend each other: {names}")
-    data = _anchored(parse_toml(_read(path, path, "recipe").decode("utf-8", "replace"), path.name), path.parent)
+    data = own_data(path)
     name = data.pop("extends", None)
     if name is None:
         return data
@@ -157,6 +157,11 @@ def recipe_data(path: Path, roots: Sequence[Path] = (), chain: tuple[Path, ...] 
         del below["base"]
     result: dict[str, Any] = joined(below, data)
     return result
+
+
+def own_data(path: Path) -> dict[str, Any]:
+    """Return what a recipe says itself, file names made absolute."""
+    return _anchored(parse_toml(_read(path, path, "recipe").decode("utf-8", "replace"), path.name), path.parent)
 
 
 def _extended(name: str, path: Path, roots: Sequence[Path]) -> Path:
@@ -178,7 +183,7 @@ def _anchored(data: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _replaced(value: Any, keys: tuple[str, ...], folder: Path) -> Any:
     if not keys:
-        return str((folder / value).absolute()) if isinstance(value, str) else value
+        return str((folder / value).resolve()) if isinstance(value, str) else value
     if keys[0] == "*":
         return [_replaced(item, keys[1:], folder) for item in value] if isinstance(value, list) else value
     if not isinstance(value, dict) or keys[0] not in value:

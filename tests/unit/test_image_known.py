@@ -18,7 +18,7 @@ from hpcutils.image.compare import Difference, Entry, changes, compare, differen
 from hpcutils.image.find import Image, find_image, sbom_of
 from hpcutils.image.listing import breakdown, known_image, list_images
 from hpcutils.image.plan import plan_build
-from hpcutils.image.publish import plan_publication, run_publication, set_status, with_entry
+from hpcutils.image.publish import fingerprints, plan_publication, run_publication, set_status, with_entry
 from hpcutils.image.sbom import cyclonedx, package_url
 from hpcutils.image.selftest import Report, command_words, run_self_tests, slurm_words
 from hpcutils.image.trust import verify
@@ -296,6 +296,16 @@ def test_publishing_copies_and_gives_the_image_its_entry(tmp_path) -> None:
     assert parse_site(site_file.read_text(), "site.toml").images["standard"].status == "withdrawn"
     with pytest.raises(SpecError, match="no image is published as 'other'"):
         set_status(site_file, site, "other", "withdrawn", "")
+
+
+def test_keys_are_told_apart_by_their_fingerprints() -> None:
+    listing = (
+        "Private key listing (/home/a/.apptainer/keys/pgp-secret):\n\n"
+        "0)  User:              A (with 1) <a@b.example>\n    Creation time:     2026\n    Fingerprint:       AB12\n"
+        "    Length (in bits):  4096\n\n1)  User:              B <b@b.example>\n    Fingerprint:       CD34\n"
+    )
+    assert fingerprints(listing) == {0: "AB12", 1: "CD34"}
+    assert fingerprints("") == {}
 
 
 SAID = PublishedImage(path="/a.sif", sha256="0" * 64, note='with "quotes"')
