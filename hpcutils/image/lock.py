@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hpcutils.errors import ImageError, MissingPartError, SpecError
 from hpcutils.fs import write_text
@@ -67,14 +68,14 @@ class Renewed:
 def plan_lock(name: str) -> tuple[Resolution, ...]:
     """Return how the locks that a recipe names itself are renewed, first to last: the later ones agree with the earlier.
 
-    Those of a recipe that it extends are another's business. Locks that do not exist yet are made, so the recipe's files are not read here, only their names.
+    Those of a recipe that it extends are another's business. Locks that do not exist yet are made, so no lock is read here.
 
     Raises:
         SpecError: No such recipe, or no `.in` file beside any of its locks.
     """
     path = find_recipe(name)
     recipe = checked(recipe_data(path, recipe_roots()), path.name)
-    own = str(own_data(path))
+    own = set(_words(own_data(path)))
     found = tuple(step for step in _resolutions(recipe) if str(step.lock) in own and step.source.is_file())
     if not found:
         raise SpecError(f"{path.name}: no lock of it has a .in file beside it", "write what is wanted into NAME.in beside NAME.txt")
@@ -135,6 +136,13 @@ def find_uv() -> str:
     if found is None:
         raise MissingPartError("locks are resolved by uv, which is not installed", "pip install uv")
     return found
+
+
+def _words(value: Any) -> list[str]:
+    """Return every text in plain data."""
+    if isinstance(value, dict | list):
+        return [word for item in (value.values() if isinstance(value, dict) else value) for word in _words(item)]
+    return [value] if isinstance(value, str) else []
 
 
 def _source(lock: Path) -> Path:
