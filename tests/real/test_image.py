@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pwd
+import re
 import shutil
 import signal
 import subprocess
@@ -324,6 +325,114 @@ def test_a_wrong_hash_fails_the_build_and_shows_no_address(built: dict[str, Any]
     assert "DO NOT MATCH THE HASHES" in done.stderr and "absl-py" in done.stderr
     assert "://" not in done.stderr
     assert tree(home) == before
+
+
+# A guide, followed.
+
+
+def test_adding_a_package_by_the_guide(built: dict[str, Any], home: Path) -> None:
+    """The files and commands of docs/guides/add-a-package.md, as they stand there."""
+    guide = (ROOT / "docs/guides/add-a-package.md").read_text()
+    recipe, wanted = re.findall(r"```(?:toml|text)\n(.*?)```", guide, re.DOTALL)
+    (home / "mine.toml").write_text(recipe)
+    (home / "mine.in").write_text(wanted)
+    own(home)
+    lock, dry_run, build, diff = (line.strip() for line in guide.splitlines() if line.startswith("    "))
+    # uv is the tests' own, and images go where they are removed afterwards; the layers below are those of the standard image.
+    variables = {"PATH": f"{ROOT}/.venv/bin:/usr/local/bin:/usr/bin:/bin", "HPCUTILS_IMAGES": str(home / "images")}
+    as_user("bash", "-c", lock, cwd=home, **variables)
+    assert set(locked((home / "mine.txt").read_text())) == {"tomlkit"}
+    assert "git" in as_user("bash", "-c", dry_run, cwd=home, **variables).stdout
+    (home / "images").mkdir()
+    for path in Path(built["path"]).parent.glob(f"{Path(built['path']).stem}*"):
+        os.link(path, home / "images" / path.name)
+    (home / f"images/{NAME}.sif").symlink_to(Path(built["path"]).name)
+    own(home / "images")
+    path = as_user("bash", "-c", build, cwd=home, **variables).stdout.strip()
+    assert inside({"path": path}, "git", "--version").startswith("git version")
+    assert inside({"path": path}, PYTHON, "-c", "import tomlkit, tensorflow; print(tensorflow.__version__)") == "2.18.1\n"
+    said = as_user("bash", "-c", diff, cwd=home, **variables).stdout.splitlines()
+    packages = [line for line in said if line.startswith("package  ")]
+    assert any(line.startswith("package  python tomlkit: none → ") for line in packages)
+    # What was there stays in its version.
+    assert all(": none → " in line for line in packages)
+    # Horovod and h5py were not compiled again: the wheels are the standard image's.
+    layers = [json.loads(Path(each).with_suffix(".json").read_text())["layers"] for each in (path, built["path"])]
+    assert layers[0]["wheels"] == layers[1]["wheels"]
+    for layer in (Path(built["path"]).parents[1] / "layers").glob("mine-*.sif"):
+        layer.unlink()
+
+
+# The other format.
+
+
+SMALL = """
+name = "small"
+summary = "no more than a test needs"
+variant = "cpu"
+[base]
+suite = "bookworm"
+packages = ["ca-certificates", "python3", "python3-venv"]
+epoch = 1735689600
+[python]
+version = "3.11"
+lock = "small.txt"
+[compile]
+tools_lock = "none.txt"
+lock = "none.txt"
+[environment]
+GREETING = "it's $HOME"
+[[files]]
+source = "motd"
+target = "/etc/motd"
+mode = "0600"
+[[self_test]]
+script = "t.py"
+"""
+SELF_TEST = """
+import json, os, stat, click
+motd = os.stat("/etc/motd")
+checks = {"mode": stat.S_IMODE(motd.st_mode) == 0o600, "variable": os.environ["GREETING"] == "it's $HOME",
+          "code": __import__("hpcutils") is not None, "compiled": os.path.isdir("/hpcutils-src/hpcutils/__pycache__")}
+rows = [{"check": name, "ok": ok, "seconds": 0, "seen": str(ok)} for name, ok in checks.items()]
+print(json.dumps({"checks": rows, "packages": {"python": {"click": click.__version__}, "debian": {}}, "python": "3.11"}))
+"""
+
+
+def small_recipe(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    entries = locked((CONTAINERS / f"locks/{NAME}.txt").read_text())
+    files = {"small.toml": SMALL, "small.txt": entries["click"], "none.txt": "", "motd": "hello\n", "t.py": SELF_TEST}
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return folder / "small.toml"
+
+
+def test_the_same_recipe_for_docker_and_on_top_of_an_archive(built: dict[str, Any], home: Path) -> None:
+    """buildah builds the Dockerfile as an ordinary user, Apptainer builds on the archive that it made: both pass the same tests."""
+    require(shutil.which("buildah") is not None, "buildah")
+    small_recipe(home / "small")
+    (home / "tmp").mkdir()
+    own(home)
+    variables = {"HPCUTILS_IMAGES": str(home / "images"), "TMPDIR": str(home / "tmp")}
+    words = ["hpcutils", "build", str(home / "small/small.toml"), "--json"]
+    made = as_user(*words, "--format", "docker", "--builder", "buildah", **variables)
+    archive = json.loads(made.stdout)
+    assert archive["path"].endswith(".oci.tar") and "built by buildah" in made.stderr
+    assert list((home / "tmp").iterdir()) == []
+    assert "up to date" in as_user(*words, "--format", "docker", **variables).stderr
+
+    base = f'archive = "{archive["path"]}"\nsha256 = "{archive["sha256"]}"\npackages = ["python3"]\n'
+    text = SMALL.replace('packages = ["ca-certificates", "python3", "python3-venv"]\nepoch = 1735689600\n', base)
+    # The base is an image of ours already: its environment's folder is made anew.
+    (home / "small/small.toml").write_text(text.replace('name = "small"', 'name = "small-on-archive"'))
+    (home / "small/motd").write_text("another\n")
+    sif = json.loads(as_user(*words, **variables).stdout)
+    assert sif["made"] == ["environment", "code"]
+    assert inside(sif, "cat", "/etc/motd") == "another\n"
+    Path(archive["path"]).write_bytes(b"another")
+    refused = as_user(*words, "--force", check=False, **variables)
+    assert refused.returncode == ImageError.exit_code and "the recipe says" in refused.stderr
 
 
 def test_root_builds_only_where_it_has_all_its_rights() -> None:
