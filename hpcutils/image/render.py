@@ -200,7 +200,7 @@ def _paths(recipe: Recipe) -> Step:
         f"echo {SOURCE} > {packages}/hpcutils.pth",
         f"mkdir -p {system}",
         f"echo 'import site; site.addsitedir(\"{packages}\")' > {system}/hpcutils-env.pth",
-        f"ln -s {SOURCE}/bin/hpcutils /usr/local/bin/hpcutils",
+        f"ln -sf {SOURCE}/bin/hpcutils /usr/local/bin/hpcutils",
     )
     return Step("where Python finds the packages, and hpcutils' own code, which comes last", lines, False)
 

@@ -412,9 +412,11 @@ def test_the_same_recipe_for_docker_and_on_top_of_an_archive(built: dict[str, An
     """buildah builds the Dockerfile as an ordinary user, Apptainer builds on the archive that it made: both pass the same tests."""
     require(shutil.which("buildah") is not None, "buildah")
     small_recipe(home / "small")
-    (home / "tmp").mkdir()
+    for name in ("tmp", "cache"):
+        (home / name).mkdir()
+    shutil.copytree(Path(built["path"]).parents[1] / "bases", home / "cache/bases", copy_function=os.link)
     own(home)
-    variables = {"HPCUTILS_IMAGES": str(home / "images"), "TMPDIR": str(home / "tmp")}
+    variables = {"HPCUTILS_CACHE": str(home / "cache"), "TMPDIR": str(home / "tmp")}
     words = ["hpcutils", "build", str(home / "small/small.toml"), "--json"]
     made = as_user(*words, "--format", "docker", "--builder", "buildah", **variables)
     archive = json.loads(made.stdout)

@@ -81,7 +81,7 @@ RUN \
     echo /hpcutils-src > /opt/hpcutils-env/lib/python3.11/site-packages/hpcutils.pth; \
     mkdir -p /usr/local/lib/python3.11/dist-packages; \
     echo 'import site; site.addsitedir("/opt/hpcutils-env/lib/python3.11/site-packages")' > /usr/local/lib/python3.11/dist-packages/hpcutils-env.pth; \
-    ln -s /hpcutils-src/bin/hpcutils /usr/local/bin/hpcutils
+    ln -sf /hpcutils-src/bin/hpcutils /usr/local/bin/hpcutils
 
 ENV PATH="/opt/hpcutils-env/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ENV GREETING="it's \"\$HOME\" \\ `id`"
