@@ -93,7 +93,7 @@ def verify(name: str, as_json: bool) -> None:
     from hpcutils.specs.site import load_site
 
     found, published = known_image(name, load_site())
-    verdict = trust.verify(found, published, name)
+    verdict = trust.verify(found, published, name, fresh=True)
     what = f"{'signed' if verdict.signed else 'unsigned'}{f', {verdict.status}' if verdict.status else ''}"
     emit({**vars(verdict), "path": str(verdict.path)}, as_json, f"ok: {verdict.path} ({what}) sha256 {verdict.sha256}")
 
@@ -172,7 +172,7 @@ def _publish(name: str, alias: str, folder: Path, key: int | None, dry_run: bool
 
     found = find_image(name)
     check_can_be_published(found)
-    trust.verify(found)
+    trust.verify(found, fresh=True)
     plan = plan_publication(found, alias, folder.resolve(), writable_site_file(), key)
     return plan.describe() if dry_run else run_publication(plan, _passphrase(key)).path
 

@@ -17,16 +17,18 @@ from hpcutils.errors import ImageError
 from hpcutils.fs import publish, publishing, remove, temporary_beside, write_text
 from hpcutils.hashing import digest_file
 from hpcutils.image.builders import Finding, check_builder_rights, choose, explain, gather_facts, look_for_builders
+from hpcutils.image.caller import plain_environment
 from hpcutils.image.digest import base_digest, environment_digest, wheels_digest
 from hpcutils.image.exec_line import exec_argv
 from hpcutils.image.find import read_sidecar, sbom_of, sidecar_of
-from hpcutils.image.layers import Workbench, make_base, make_environment, make_image, plain_environment, versions
+from hpcutils.image.layers import Workbench, make_base, make_environment, make_image, versions
 from hpcutils.image.machine import Machine
 from hpcutils.image.oci import Engine, entering, make_oci
 from hpcutils.image.plan import SUFFIXES, BuildPlan
 from hpcutils.image.retention import tidy
 from hpcutils.image.sbom import cyclonedx
 from hpcutils.image.selftest import Report, run_self_tests
+from hpcutils.image.trust import identity, remember
 from hpcutils.image.workspace import ending_on_sigterm, one_at_a_time, workspace
 from hpcutils.log import LOGGER
 from hpcutils.specs.recipe import DebianBase
@@ -151,6 +153,8 @@ def _publish_image(plan: BuildPlan, layer: str, place: Place, seconds: dict[str,
         # Before the image: one without a sidecar would count as unfinished, one with the old sidecar must not be seen.
         write_text(sbom_of(plan.image), json.dumps(bill, indent=1) + "\n")
         write_text(sidecar_of(plan.image), json.dumps(sidecar, indent=1) + "\n")
+    # Known from the start, so that no job has to read it first.
+    remember(plan.image, "", sidecar["sha256"], identity(plan.image))
     _link(plan)
 
 

@@ -9,9 +9,9 @@ from importlib.resources import files
 from typing import Any
 
 from hpcutils.errors import ImageError
+from hpcutils.image.caller import plain_environment
 from hpcutils.image.exec_line import exec_argv
 from hpcutils.image.find import Image, find_builder
-from hpcutils.image.layers import plain_environment
 from hpcutils.image.render import PYTHON
 from hpcutils.shell import run
 

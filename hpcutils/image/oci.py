@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcutils.errors import ImageError
+from hpcutils.image.caller import plain_environment
 from hpcutils.image.code import CodeFile, write_code
-from hpcutils.image.layers import Workbench, check_archive, fill_build_folder, keep_wheels, plain_environment, show
+from hpcutils.image.layers import Workbench, check_archive, fill_build_folder, keep_wheels, show
 from hpcutils.image.machine import without_addresses
 from hpcutils.image.render import BASE_ARCHIVE, dockerfile
 from hpcutils.shell import run, stream

@@ -12,8 +12,8 @@ from pathlib import Path
 from hpcutils.errors import ImageError, SpecError
 from hpcutils.fs import publishing, write_text
 from hpcutils.hashing import digest_file
+from hpcutils.image.caller import plain_environment
 from hpcutils.image.find import Image, find_builder, sbom_of, sidecar_of
-from hpcutils.image.layers import plain_environment
 from hpcutils.log import LOGGER
 from hpcutils.shell import run
 from hpcutils.specs.site import PublishedImage, Site, Status, parse_site, site_file

@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 
 from hpcutils.errors import ImageError
+from hpcutils.image.caller import plain_environment
 from hpcutils.image.exec_line import bind, exec_argv
 from hpcutils.image.find import Image, find_builder
-from hpcutils.image.layers import plain_environment
 from hpcutils.image.selftest import Report, run_self_tests, slurm_words
 from hpcutils.specs.site import Site
 

@@ -1,15 +1,23 @@
-"""Is an image what it says? Its digest, its signature, and what the site says of it."""
+"""Is an image what it says? Its digest, its signature, and what the site says of it.
+
+Reading an image takes seconds, and a job is submitted in a fraction of one. So what was found is remembered for the very file:
+number, size, and the times of its last change, which no program can set back (`ctime`). Any write to it makes it unknown again.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hpcutils.errors import ImageError
+from hpcutils.fs import write_text
 from hpcutils.hashing import digest_file
-from hpcutils.image.find import Image, find_builder
-from hpcutils.image.layers import plain_environment
+from hpcutils.image.caller import plain_environment
+from hpcutils.image.find import Image, cache_folder, find_builder
 from hpcutils.log import LOGGER
 from hpcutils.shell import run
 from hpcutils.specs.site import PublishedImage
@@ -34,25 +42,71 @@ class Verdict:
     status: str
 
 
-def verify(image: Image, published: PublishedImage | None = None, alias: str = "") -> Verdict:
+def verify(image: Image, published: PublishedImage | None = None, alias: str = "", *, fresh: bool = False) -> Verdict:
     """Hold an image against what is known of it: the site's word, else its own sidecar's.
+
+    Args:
+        image: The image.
+        published: What the site says of it.
+        alias: The site's name for it.
+        fresh: Read the file though it was read before.
 
     Raises:
         ImageError: It was withdrawn, it is not the file that was built or published, or its signature does not hold.
     """
     if published is not None:
         check_status(alias, published)
+    key = "" if published is None or published.key is None else published.key
     expected = image.sha256 if published is None else published.sha256
-    found = digest_file(image.path)
+    known = None if fresh else remembered(image.path, key)
+    before = identity(image.path)
+    found = known or digest_file(image.path)
     if expected and found != expected:
         whose = f"published as {alias!r}" if published is not None else f"built as {image.name!r}"
         raise ImageError(
             f"{image.path} is not the file that was {whose}: its sha256 is {found}, {expected} was expected",
             "tell whoever keeps the site's images" if published is not None else f"build it again: hpcutils build {image.name}",
         )
-    if published is not None and published.key is not None:
-        check_signature(image.path, Path(published.key))
-    return Verdict(image.path, found, published is not None and published.key is not None, published.status if published else "")
+    if known is None:
+        if key:
+            check_signature(image.path, Path(key))
+        remember(image.path, key, found, before)
+    return Verdict(image.path, found, bool(key), published.status if published else "")
+
+
+def identity(path: Path) -> list[int]:
+    """Return what tells this very file, as it is, from any other and from itself after a write."""
+    status = path.stat()
+    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def remembered(path: Path, key: str) -> str | None:
+    """Return the digest that was found for this very file, its signature checked with this very key; `None` for a new one."""
+    said = _memory().get(f"{path} {key}")
+    try:
+        same = said is not None and said["file"] == identity(path) and (not key or said["key"] == identity(Path(key)))
+    except (KeyError, OSError, TypeError):
+        return None
+    return str(said["sha256"]) if said is not None and same else None
+
+
+def remember(path: Path, key: str, sha256: str, before: list[int]) -> None:
+    """Note what was found; `before` is the file's identity when it was read. A folder that cannot be written is no failure."""
+    entry = {"file": before, "sha256": sha256, "key": identity(Path(key)) if key else []}
+    with contextlib.suppress(OSError):
+        write_text(_memory_file(), json.dumps({**_memory(), f"{path} {key}": entry}), mode=0o600)
+
+
+def _memory_file() -> Path:
+    return cache_folder() / "verified.json"
+
+
+def _memory() -> dict[str, Any]:
+    try:
+        content = json.loads(_memory_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def check_status(alias: str, published: PublishedImage) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from hpcutils.errors import ImageError, SpecError
 from hpcutils.hashing import digest_file
-from hpcutils.image import inside, retention
+from hpcutils.image import inside, retention, trust
 from hpcutils.image.compare import Difference, Entry, changes, compare, difference, parse_tree
 from hpcutils.image.find import Image, find_image, sbom_of
 from hpcutils.image.listing import breakdown, known_image, list_images
@@ -250,9 +250,36 @@ def test_an_image_that_is_what_it_says(tmp_path) -> None:
     assert verify(image, published(image), "a").status == "current"
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HPCUTILS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_an_image_is_read_once_until_anything_about_it_changes(tmp_path, monkeypatch) -> None:
+    image, read = built(tmp_path), []
+    monkeypatch.setattr(trust, "digest_file", lambda path: read.append(path) or digest_file(path))
+    assert [verify(image).sha256 for _ in range(3)] == [image.sha256] * 3 and len(read) == 1
+    verify(image, fresh=True)
+    assert len(read) == 2
+    image.path.touch()
+    verify(image)
+    verify(image, published(image), "a")
+    assert len(read) == 3
+    (tmp_path / "cache/verified.json").write_text("[")
+    verify(image)
+    assert len(read) == 4
+
+
+def test_what_cannot_be_remembered_is_read_again(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HPCUTILS_CACHE", "/dev/null/cache")
+    assert verify(built(tmp_path)).sha256
+
+
 def test_an_altered_image_is_refused(tmp_path) -> None:
     image = built(tmp_path)
     said = published(image)
+    verify(image)
     status = image.path.stat()
     image.path.write_bytes(b"siF")
     os.utime(image.path, ns=(status.st_atime_ns, status.st_mtime_ns))
