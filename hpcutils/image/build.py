@@ -183,7 +183,7 @@ def _make_archive(plan: BuildPlan, target: Path, place: Place) -> Report:
     make_oci(plan.files, plan.code, plan.base, plan.wheels, target, engine, place.bench)
     LOGGER.info("  self-test")
     with entering(engine, target) as enter:
-        return run_self_tests(enter, plain_environment())
+        return run_self_tests(enter, engine.environment())
 
 
 def _sidecar(plan: BuildPlan, target: Path, place: Place, report: Report, seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def _sidecar(plan: BuildPlan, target: Path, place: Place, report: Report, second
             "wheels": {"digest": wheels_digest(plan.files)},
         },
         "builder": {"name": place.builder.name, "version": place.builder.version, "why": place.why},
-        "tools": versions(place.builder.name, place.builder.program),
+        "tools": versions(place.builder.name, place.builder.version),
         "seconds": dict(seconds),
         "python": report.python,
         "packages": {kind: dict(found) for kind, found in report.packages.items()},

@@ -128,7 +128,7 @@ def look_at(name: str, format: Format, facts: Facts) -> Finding:
     program = _program(name)
     if program is None:
         return Finding(name, format, "", "", False, "not installed")
-    version = version_in(run([program, "--version"], check=False, timeout_s=ANSWER_S).stdout)
+    version = version_in(_version_answer(program))
     shown = ".".join(map(str, version)) or "unknown"
     if name == "docker":
         why = _docker_problem(program)
@@ -181,6 +181,13 @@ def file_system_of(folder: Path, mounts: str) -> str:
     points = [(point, kind) for point, kind in rows if folder == Path(point) or Path(point) in folder.parents]
     # The last of equal points hides the others.
     return max(enumerate(points), key=lambda row: (len(row[1][0]), row[0]))[1][1] if points else "unknown"
+
+
+def _version_answer(program: str) -> str:
+    """Ask a program for its version; buildah and podman would leave folders behind in the temporary one for that."""
+    with tempfile.TemporaryDirectory(prefix="hpcutils-ask-") as folder:
+        environment = {**os.environ, "TMPDIR": folder, "XDG_RUNTIME_DIR": folder}
+        return run([program, "--version"], env=environment, check=False, timeout_s=ANSWER_S).stdout
 
 
 def _program(name: str) -> str | None:

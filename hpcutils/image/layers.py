@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,15 +114,11 @@ def make_image(code: tuple[CodeFile, ...], environment: Path, result: Path, benc
     append_folder(bench.builder, environment, top, result, bench.folder, DATE_S)
 
 
-def versions(name: str, program: str) -> dict[str, str]:
-    """Return the versions of the tools that build."""
-    tools: Mapping[str, list[str]] = {
-        name: [program, "--version"],
-        "mksquashfs": ["mksquashfs", "-version"],
-        "mmdebstrap": ["mmdebstrap", "--version"],
-    }
-    lines = {name: run(argv, check=False).stdout.splitlines() for name, argv in tools.items()}
-    return {name: output[0] if output else "unknown" for name, output in lines.items()}
+def versions(name: str, version: str) -> dict[str, str]:
+    """Return the versions of the tools that build: of the builder, which is known, and of those that it needs."""
+    tools = {"mksquashfs": ["mksquashfs", "-version"], "mmdebstrap": ["mmdebstrap", "--version"]}
+    lines = {tool: run(argv, check=False).stdout.splitlines() for tool, argv in tools.items()}
+    return {name: version, **{tool: output[0] if output else "unknown" for tool, output in lines.items()}}
 
 
 def fill_build_folder(files: RecipeFiles, work: Path, wheels: Path, machine: Machine) -> list[str]:

@@ -41,6 +41,11 @@ class Engine:
         # vfs copies whole layers, and works on every file system without a privilege.
         return [self.program, *storage, "--storage-driver", "vfs"]
 
+    def environment(self) -> dict[str, str]:
+        """Return the environment of its commands: what they keep while they run goes into the build's folder, too."""
+        (self.folder / "run").mkdir(mode=0o700, exist_ok=True)
+        return plain_environment(TMPDIR=str(self.folder), XDG_RUNTIME_DIR=str(self.folder / "run"), BUILDAH_ISOLATION="chroot")
+
     def build_words(self, tag: str, target: Path) -> list[str]:
         """Return the command that builds the folder's Dockerfile; with `docker` the archive is its result."""
         contexts = [word for name in ("build", "code") for word in ("--build-context", f"{name}={self.folder / CONTEXTS[name]}")]
@@ -82,7 +87,7 @@ def make_oci(
     check_archive(files)
     fill_build_folder(files, bench.folder, wheels, bench.machine)
     _fill_context(files, code, base, bench.folder)
-    tag, environment = f"localhost/{files.recipe.name}:latest", _environment(bench.folder)
+    tag, environment = f"localhost/{files.recipe.name}:latest", engine.environment()
     try:
         stream(engine.build_words(tag, result), show, env=environment, error=ImageError, shown=without_addresses)
     finally:
@@ -95,7 +100,7 @@ def make_oci(
 @contextmanager
 def entering(engine: Engine, archive: Path) -> Iterator[list[str]]:
     """Yield the words that run a program inside an OCI archive; the container is gone afterwards."""
-    environment = _environment(engine.folder)
+    environment = engine.environment()
     if engine.name == "buildah":
         name = run([*engine.words(), "from", "--quiet", f"oci-archive:{archive}"], env=environment, error=ImageError).stdout.strip()
         try:
@@ -107,10 +112,6 @@ def entering(engine: Engine, archive: Path) -> Iterator[list[str]]:
     loaded = run([*engine.words(), "load", "--input", str(archive)], env=environment, error=ImageError).stdout
     tag = loaded.strip().splitlines()[-1].partition(": ")[2]
     yield [*engine.words(), "run", "--rm", "--ipc=host", tag]
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    return plain_environment(TMPDIR=str(folder), BUILDAH_ISOLATION="chroot", STORAGE_DRIVER="vfs")
 
 
 def _fill_context(files: RecipeFiles, code: Sequence[CodeFile], base: Path, folder: Path) -> None:
