@@ -24,15 +24,17 @@ def command_page() -> str:
     for name in COMMANDS:
         command = cli.get_command(click.Context(cli), name)
         assert command is not None
-        parts += _help(name, command)
-        if isinstance(command, click.Group):
-            parts += [line for word, inner in command.commands.items() for line in _help(f"{name} {word}", inner)]
+        parts += section(command, f"hpcutils {name}")
     return "\n".join(parts)
 
 
-def _help(name: str, command: click.Command) -> list[str]:
-    context = click.Context(command, info_name=f"hpcutils {name}", max_content_width=100, terminal_width=100)
-    return [f"## {name}", "", "```text", command.get_help(context), "```", ""]
+def section(command: click.Command, name: str) -> list[str]:
+    """Return a command's part of the page, and those of the commands below it."""
+    context = click.Context(command, info_name=name, max_content_width=100, terminal_width=100)
+    parts = [f"## {name.removeprefix('hpcutils ')}", "", "```text", command.get_help(context), "```", ""]
+    for below, each in command.commands.items() if isinstance(command, click.Group) else ():
+        parts += section(each, f"{name} {below}")
+    return parts
 
 
 def main() -> None:

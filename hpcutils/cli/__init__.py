@@ -15,6 +15,8 @@ COMMANDS = {
     "status": ("hpcutils.cli.status", "Say where a run stands."),
     "logs": ("hpcutils.cli.logs", "Print the log of a rank."),
     "cancel": ("hpcutils.cli.cancel", "Cancel a run."),
+    "stage": ("hpcutils.cli.stage", "List a dataset's files; say what staging it would do."),
+    "cache": ("hpcutils.cli.cache", "Look after the cache on this node's disk."),
     "build": ("hpcutils.cli.build", "Build a container image from a recipe."),
     "image": ("hpcutils.cli.image", "List, test, verify, compare, lock and publish images."),
     "summary": ("hpcutils.cli.summary", "Print the layers of a model."),

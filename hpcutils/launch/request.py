@@ -19,9 +19,9 @@ from hpcutils.specs.site import Site
 MAX_RESTARTS = 3
 STOP_BEFORE_END_S = 90
 
-# Set in every rank: waiting ranks must yield where ranks outnumber cores, and TensorFlow's greetings are no news.
 # What folders of the site's profile are called in a rank's environment.
 FOLDER_VARIABLES = {"scratch": "HPCUTILS_SCRATCH", "node_local": "HPCUTILS_NODE_CACHE"}
+# Set in every rank: waiting ranks must yield where ranks outnumber cores, and TensorFlow's greetings are no news.
 RANK_ENVIRONMENT = {"OMPI_MCA_mpi_yield_when_idle": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
 
@@ -107,9 +107,11 @@ def plan_python(
         variables = {**MPI_ENVIRONMENT, **env}
         return ("env", *(f"{name}={value}" for name, value in variables.items()), sys.executable)
     runs = run.path.parent
-    data = {(job_folder / file.path).resolve().parent for file in job.data.files if file.path is not None} - {runs}
+    data = {(job_folder / file.path).resolve().parent for file in job.data.files if file.path is not None}
+    data |= _staging_folders(job, job_folder)
     binds = [*site.container.binds, *map(bind, folders.values()), bind(runs)]
-    binds += [bind(folder, read_only=True) for folder in sorted(data)]
+    binds += [bind(folder, read_only=True) for folder in sorted(data - {runs})]
+    binds += [bind(job.staging.cache)] if job.staging.cache is not None else []
     gpu = job.resources.devices == "gpu"
     return (*exec_argv(image, binds, env, gpu, program=site.container.program, variant=variant), "python3")
 
@@ -148,6 +150,13 @@ def gpu_request(site: Site, layout: Layout, gpus: int) -> dict[str, Any]:
         "none": {},
     }
     return spelled[site.launch.gpus]
+
+
+def _staging_folders(job: Job, job_folder: Path) -> set[Path]:
+    """Return the folders of the job's manifest and of what it lists."""
+    manifest, source = job.staging.manifest, job.staging.source
+    folders = {(job_folder / manifest).resolve().parent} if manifest is not None else set()
+    return folders | ({(job_folder / source).resolve()} if source is not None and "://" not in source else set())
 
 
 def _parameters(job: Job, run: RunDirectory, layout: Layout, site: Site) -> dict[str, Any]:

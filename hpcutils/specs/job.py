@@ -231,6 +231,37 @@ class Checkpoints(Model):
     keep: Annotated[int, Field(ge=1)] = 2
 
 
+class Staging(Model):
+    """How data gets to the nodes' own disks."""
+
+    manifest: str | None = None
+    source: str | None = None
+    cache: str | None = None
+    quota_gb: Annotated[float, Field(gt=0)] | None = None
+    verify: bool = False
+
+    @field_validator("manifest")
+    @classmethod
+    def _manifest(cls, value: str | None, info: ValidationInfo) -> str | None:
+        base = base_folder(info)
+        if value is not None and base is not None and not (base / value).is_file():
+            raise ValueError(f"no such file: {value} (made by 'hpcutils stage manifest')")
+        return value
+
+    @field_validator("cache")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith("/"):
+            raise ValueError(f"an absolute path was expected, got {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _source_of_what(self) -> Staging:
+        if self.source is not None and self.manifest is None:
+            raise ValueError("'source' is where the files of a 'manifest' are, and there is none")
+        return self
+
+
 class Job(Model):
     """A whole training job, as written."""
 
@@ -241,6 +272,7 @@ class Job(Model):
     training: Training
     resources: Resources = Resources()
     checkpoints: Checkpoints = Checkpoints()
+    staging: Staging = Staging()
 
 
 def parse_time_s(text: str) -> int:
@@ -313,6 +345,7 @@ EXPECTED = {
     "tuple_type": "a list",
     "list_type": "a list",
     "greater_than_equal": "{ge} or more",
+    "greater_than": "more than {gt}",
     "less_than": "less than {lt}",
     "literal_error": "{expected}",
     "string_pattern_mismatch": "text of the form {pattern}",
@@ -345,7 +378,7 @@ def _unknown_key(location: Location) -> str:
 def _model_at(location: Location) -> type[BaseModel]:
     """Return the model that a location lies in."""
     children: dict[str, type[BaseModel]] = {"data": Data, "files": DataFile, "split": Split, "model": ModelSpec}
-    children |= {"training": Training, "resources": Resources, "checkpoints": Checkpoints}
+    children |= {"training": Training, "resources": Resources, "checkpoints": Checkpoints, "staging": Staging}
     names = [part for part in location if isinstance(part, str)]
     return children[names[-1]] if names else Job
 

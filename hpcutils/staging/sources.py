@@ -28,11 +28,15 @@ class Broken(Exception):
 
 @dataclass(frozen=True)
 class Resume:
-    """Where to go on: the bytes that are there, and the mark by which the server knows that the file is the same."""
+    """Where to go on: the bytes that are there, and the mark by which the server knows that the file is the same.
+
+    With `stop_bytes` only what is before that place is asked for.
+    """
 
     offset: int
     validator: str
     total_bytes: int | None
+    stop_bytes: int | None = None
 
 
 @dataclass(frozen=True)

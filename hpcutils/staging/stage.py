@@ -1,25 +1,26 @@
-"""Data files on the node's own disk: copied once a node, checked while they move, found there by the next job.
+"""Data on the nodes' own disks: read once from where it is kept, proved on every node, found there by the next job.
 
-The cache is content-addressed: `<root>/sha256/<digest>/<name>` beside a marker that is written last. A file without a known
-digest is kept under its source's path, size and modification time.
+look (each node) ─► plan (pure) ─► rounds (pure) ─► load ─► ring ─► land ─► complete: a rename
 """
 
 from __future__ import annotations
 
-import getpass
-import hashlib
-import json
-import os
-import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcutils import fs
-from hpcutils.errors import DataError, IntegrityError
+from hpcutils.errors import DataError
 from hpcutils.log import LOGGER
-from hpcutils.staging.download import fetch
-
-MARKER = ".complete.json"
+from hpcutils.staging import cache, store
+from hpcutils.staging.dataset import Dataset, dataset_of_file, dataset_of_manifest
+from hpcutils.staging.leaders import Leaders
+from hpcutils.staging.look import Looked, look, place_of, plan_dataset
+from hpcutils.staging.manifest import read_manifest
+from hpcutils.staging.move import Move, disk_errors
+from hpcutils.staging.origins import Origin, WebOrigin, origin_of
+from hpcutils.staging.plan import StagePlan, shown_bytes
+from hpcutils.staging.ring import plan_rounds
+from hpcutils.staging.store import Head, Place
 
 
 @dataclass(frozen=True)
@@ -52,61 +53,185 @@ class Staged:
     moved_bytes: int
 
 
-def cache_root() -> Path:
-    """Return the node-local cache: `$HPCUTILS_NODE_CACHE`, or a folder of the user's in `$SLURM_TMPDIR`, `$TMPDIR` or `/tmp`."""
-    named = os.environ.get("HPCUTILS_NODE_CACHE")
-    if named:
-        return Path(named)
-    base = os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
-    return Path(base) / f"hpcutils-{getpass.getuser()}" / "cache"
+@dataclass(frozen=True)
+class Settings:
+    """How a job wants its data staged.
+
+    Args:
+        root: The cache on each node.
+        quota_bytes: What it may hold; `None` leaves it to the disk.
+        verify: Hash again what is there already.
+    """
+
+    root: Path
+    quota_bytes: int | None = None
+    verify: bool = False
 
 
-def plan_target(item: Item, root: Path) -> Path:
-    """Return the path that `item` has, or will have, in the cache."""
+@dataclass(frozen=True)
+class Outcome:
+    """What staging a dataset took; the figures of bytes count all nodes.
+
+    Args:
+        files: The folder of its files on this node.
+        digest: sha256 of the manifest, or of the one file.
+        size_bytes: Bytes of the dataset.
+        origin_bytes: Bytes that were read from its source.
+        received_bytes: Bytes that nodes got from each other.
+        seconds: How long it took.
+        nodes: Number of nodes.
+        repeats: Segments that came damaged over the network and were sent again.
+    """
+
+    files: Path
+    digest: str
+    size_bytes: int
+    origin_bytes: int
+    received_bytes: int
+    seconds: float
+    nodes: int
+    repeats: int
+
+    def record(self) -> dict[str, float | int | str]:
+        """Return what the run's record keeps."""
+        names = ("digest", "size_bytes", "origin_bytes", "received_bytes", "nodes", "repeats")
+        return {name: getattr(self, name) for name in names} | {"seconds": round(self.seconds, 3)}
+
+
+def stage_dataset(dataset: Dataset, base: str, settings: Settings, leaders: Leaders, *, single: bool = False) -> Outcome:
+    """Have `dataset` on every node; each leader calls it with the same arguments.
+
+    Args:
+        dataset: What.
+        base: Its source: a folder or the URL of one; with `single` the file itself.
+        settings: Where to, and how.
+        leaders: One rank of each node.
+        single: See `base`.
+
+    Raises:
+        DataError: The source cannot be read, or a node has no room. On every leader.
+        IntegrityError: The source is not what it must be, or a node got damaged bytes again and again. On every leader.
+    """
+    started_s = time.monotonic()
+    place = place_of(dataset, settings.root)
+    looked, _ = leaders.together(lambda: _prepare(dataset, place, settings))
+    haves = leaders.gather(None if looked.facts.state == "present" else looked.facts.have)
+    if all(have is None for have in haves):
+        LOGGER.info("%s: on %s already", dataset.name, "this node" if leaders.size == 1 else f"all {leaders.size} nodes")
+        head = store.read_head(place.entry)
+        assert head is not None
+        return Outcome(place.files, head.digest, dataset.size_bytes, 0, 0, time.monotonic() - started_s, leaders.size, 0)
+    origin = origin_of(base, bounded=leaders.size > 1, single=single)
+    divisible = leaders.size == 1 or leaders.together(lambda: _is_divisible(origin, dataset, leaders))
+    move = Move(dataset, place, looked, origin, leaders, plan_rounds(dataset.segment_count, haves, divisible=divisible))
+    digest = move.run(started_s)
+    totals = [sum(column) for column in zip(*leaders.gather(move.counts()), strict=True)]
+    outcome = Outcome(
+        place.files, digest, dataset.size_bytes, totals[0], totals[1], time.monotonic() - started_s, leaders.size, totals[2]
+    )
+    if leaders.rank == 0:
+        LOGGER.info("%s", summary(dataset.name, outcome))
+    return outcome
+
+
+def summary(name: str, outcome: Outcome) -> str:
+    """Return the line that ends a log of staging."""
+    share = outcome.origin_bytes / outcome.size_bytes if outcome.size_bytes else 0.0
+    return (
+        f"{name}: {shown_bytes(outcome.size_bytes)} on {outcome.nodes} of {outcome.nodes} nodes in {outcome.seconds:.1f} s "
+        f"({shown_bytes(outcome.size_bytes / max(outcome.seconds, 1e-6))}/s a node), read {share:.2f} times from the source"
+    )
+
+
+def _prepare(dataset: Dataset, place: Place, settings: Settings) -> tuple[Looked, StagePlan]:
+    """Pin, look, plan, and make room: all that a node does before bytes move."""
+    with disk_errors(place):
+        store.open_root(place.root)
+        cache.pin(place)
+        looked = look(dataset, place, verify=settings.verify, take=True)
+        plan = plan_dataset(dataset, place, looked, settings.quota_bytes)
+        try:
+            plan.require_room()
+        except DataError:
+            _leave(looked)
+            raise
+        cache.sweep(place.root)
+        cache.make_room(place.root, plan.evict)
+        if looked.facts.state == "present":
+            cache.touch(place)
+        return looked, plan
+
+
+def _leave(looked: Looked) -> None:
+    """Give a partial up: what has no segment that proved right is removed, anything else waits for the next job."""
+    if looked.partial is not None:
+        store.abandon(looked.partial)
+
+
+def _is_divisible(origin: Origin, dataset: Dataset, leaders: Leaders) -> bool:
+    if not isinstance(origin, WebOrigin) or dataset.entry is None:
+        return True
+    if leaders.rank == 0:
+        origin.size_bytes(dataset.entry.path)
+    return leaders.rank > 0 or origin.knows_ranges(dataset.entry.path, dataset.size_bytes)
+
+
+def stage_manifest(path: Path, source: str | None, settings: Settings, leaders: Leaders) -> Outcome:
+    """Have the files of a manifest on every node.
+
+    Args:
+        path: The manifest.
+        source: The folder, or the URL of one, that its paths start from; `None` is the folder it is in.
+        settings: Where to, and how.
+        leaders: One rank of each node.
+    """
+    dataset = leaders.together(lambda: dataset_of_manifest(read_manifest(path)))
+    keys = leaders.gather(dataset.key)
+    if len(set(keys)) > 1:
+        raise DataError(f"the nodes see different bytes of {path}", "it changed while the job started: submit it again")
+    return stage_dataset(dataset, source or str(path.parent), settings, leaders)
+
+
+def stage_item(item: Item, settings: Settings, leaders: Leaders) -> Outcome:
+    """Have one file on every node. A file with a digest that all nodes have is not asked for at its source."""
+    started_s = time.monotonic()
     if item.sha256 is not None:
-        return root / "sha256" / item.sha256 / item.name
-    facts = Path(item.origin).stat()
-    key = hashlib.sha256(f"{item.origin}\0{facts.st_size}\0{facts.st_mtime_ns}".encode()).hexdigest()
-    return root / "stat" / key / item.name
+        place = place_of(dataset_of_file(item.name, 0, item.sha256), settings.root)
+        heads = leaders.gather(_warm(place, settings.verify))
+        if (head := heads[leaders.rank]) is not None and None not in heads:
+            LOGGER.info("%s: on this node already", item.name)
+            return Outcome(place.files, head.digest, head.size_bytes, 0, 0, time.monotonic() - started_s, leaders.size, 0)
+    facts = leaders.together(lambda: facts_of(item) if leaders.rank == 0 else (0, ""))
+    size_bytes, identity = leaders.gather(facts)[0]
+    dataset = dataset_of_file(item.name, size_bytes, item.sha256, identity, leaders.size)
+    return stage_dataset(dataset, item.origin, settings, leaders, single=True)
+
+
+def _warm(place: Place, verify: bool) -> Head | None:
+    """Pin a dataset, and return its head if it is complete."""
+    if not place.entry.is_dir():
+        return None
+    cache.pin(place)
+    if not store.is_intact(place.entry) or (verify and cache.wrong_files(place.entry)):
+        return None
+    cache.touch(place)
+    return store.read_head(place.entry)
+
+
+def facts_of(item: Item) -> tuple[int, str]:
+    """Return a file's length, and what it is known by where no digest says more."""
+    origin = origin_of(item.origin, single=True)
+    size_bytes = origin.size_bytes(item.name)
+    origin.close()
+    if size_bytes is None:
+        raise DataError(
+            f"{origin.where(item.name)}: the server does not say how long the file is", "put the file where it has a length"
+        )
+    changed = Path(item.origin).stat().st_mtime_ns if item.origin.startswith("/") else 0
+    return size_bytes, f"{item.origin}\0{size_bytes}\0{changed}"
 
 
 def stage(item: Item, root: Path) -> Staged:
-    """Have `item` on this node: take it from the cache, or copy and check it.
-
-    Raises:
-        DataError: The source is missing or cannot be read.
-        IntegrityError: The source does not hash to what it must; nothing is left in the cache.
-    """
-    target = _target(item, root)
-    known = _complete(target)
-    if known is not None:
-        LOGGER.info("%s: on this node already", item.name)
-        return Staged(target, known, 0)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    LOGGER.info("%s: staging to %s", item.name, target.parent)
-    try:
-        result = fetch(item.origin, target, digest=item.sha256, algorithm="sha256")
-    except IntegrityError as exc:
-        raise IntegrityError(f"{item.name}: {exc.message}", "correct 'sha256' in train.yaml, or restore the file") from exc
-    facts = target.stat()
-    marker = {"sha256": result.digest, "size_bytes": facts.st_size, "mtime_ns": facts.st_mtime_ns}
-    fs.write_text(target.parent / MARKER, json.dumps(marker) + "\n")
-    return Staged(target, result.digest, result.bytes_moved)
-
-
-def _target(item: Item, root: Path) -> Path:
-    try:
-        return plan_target(item, root)
-    except FileNotFoundError as exc:
-        raise DataError(f"no such file: {item.origin}", "data must be on a file system that the nodes can see") from exc
-
-
-def _complete(target: Path) -> str | None:
-    """Return the digest of a complete file in the cache; size and time must be those that its marker names."""
-    try:
-        marker = json.loads((target.parent / MARKER).read_text())
-        facts = target.stat()
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    same = (facts.st_size, facts.st_mtime_ns) == (marker["size_bytes"], marker["mtime_ns"])
-    return str(marker["sha256"]) if same else None
+    """Have `item` on this node alone."""
+    outcome = stage_item(item, Settings(root), Leaders())
+    return Staged(outcome.files / item.name, outcome.digest, outcome.origin_bytes)

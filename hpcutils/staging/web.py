@@ -95,7 +95,8 @@ def _headers(resume: Resume | None) -> dict[str, str]:
     # identity: the length and the digest are those of the file, not of a compressed copy of it.
     headers = {"User-Agent": f"hpcutils/{__version__}", "Accept": "*/*", "Accept-Encoding": "identity"}
     if resume is not None:
-        headers |= {"Range": f"bytes={resume.offset}-", "If-Range": resume.validator}
+        last = "" if resume.stop_bytes is None else resume.stop_bytes - 1
+        headers |= {"Range": f"bytes={resume.offset}-{last}", "If-Range": resume.validator}
     return headers
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from hpcutils import __version__
-from hpcutils.errors import DataError, WorldError
+from hpcutils.errors import DataError, IntegrityError, WorldError
 from hpcutils.log import LOGGER
 from hpcutils.rundir import RunDirectory, read_json, write_json
 from hpcutils.specs.job import Job, read_job
-from hpcutils.staging.stage import Item, Staged, cache_root, stage
+from hpcutils.staging.leaders import Leaders
+from hpcutils.staging.stage import Outcome, Settings, Staged, stage_item, stage_manifest
+from hpcutils.staging.want import item_of, listed_in, manifest_of, settings_of, source_of
 from hpcutils.train import devices
 from hpcutils.train.preflight import preflight
 from hpcutils.train.ranks import Ranks
@@ -35,7 +37,7 @@ def train(run: RunDirectory, world: World) -> dict[str, Any]:
         )
 
     # The data moves while TensorFlow, seconds to import, is not needed yet.
-    staged = stage_files(job, Path(submission["job_folder"]), ranks)
+    staged, staging = stage_files(job, Path(submission["job_folder"]), ranks)
     devices.prepare(job)
     names = ranks.together(lambda: devices.configure(job, world, submission["devices_per_rank"]))
 
@@ -53,25 +55,52 @@ def train(run: RunDirectory, world: World) -> dict[str, Any]:
         **outcome,
     }
     if world.rank == 0:
-        write_json(run.provenance, provenance(submission, staged, result["reducer"], ranks))
+        write_json(run.provenance, provenance(submission, staged, result["reducer"], ranks) | {"staging": staging})
         write_json(run.result, result)
         LOGGER.info("done: %s", run.path)
     ranks.barrier()
     return result
 
 
-def stage_files(job: Job, job_folder: Path, ranks: Ranks) -> dict[str, Staged]:
-    """Have every data file on this node; one rank a node does the work, and all ranks fail together."""
-    items = [Item(file.name, file.url or str((job_folder / (file.path or "")).resolve()), file.sha256) for file in job.data.files]
-    root = cache_root()
-    staged = ranks.on_leaders(lambda: [stage(item, root) for item in items])
-    digests = ranks.gather([file.sha256 for file in staged])
+def stage_files(job: Job, job_folder: Path, ranks: Ranks) -> tuple[dict[str, Staged], list[dict[str, Any]]]:
+    """Have every data file on this node; one rank a node does the work, and all ranks fail together.
+
+    Returns:
+        The files by name, and what staging each dataset took.
+    """
+    staged, outcomes = ranks.on_leaders(lambda: _stage(job, job_folder, Leaders(ranks.leader_comm, ranks.world.node)))
+    digests = ranks.gather([file.sha256 for file in staged.values()])
     if any(other != digests[0] for other in digests):
         raise DataError(
             "the nodes staged different bytes of the same data",
             "the source changed while the job started: submit it again",
         )
-    return {item.name: file for item, file in zip(items, staged, strict=True)}
+    return staged, [outcome.record() for outcome in outcomes]
+
+
+def _stage(job: Job, job_folder: Path, leaders: Leaders) -> tuple[dict[str, Staged], list[Outcome]]:
+    """Stage the manifest, if there is one, and the files that it does not list."""
+    settings = leaders.together(lambda: settings_of(job))
+    staged, outcomes = _stage_listed(job, job_folder, settings, leaders)
+    for item in (item_of(file, job_folder) for file in job.data.files if file.name not in staged):
+        outcome = stage_item(item, settings, leaders)
+        staged[item.name] = Staged(outcome.files / item.name, outcome.digest, outcome.origin_bytes)
+        outcomes.append(outcome)
+    return staged, outcomes
+
+
+def _stage_listed(job: Job, job_folder: Path, settings: Settings, leaders: Leaders) -> tuple[dict[str, Staged], list[Outcome]]:
+    manifest = manifest_of(job, job_folder)
+    if manifest is None:
+        return {}, []
+    listed = leaders.together(lambda: listed_in(manifest, job.data.files))
+    for file in job.data.files:
+        said = listed.get(file.name, ("", None))[1]
+        if None not in (said, file.sha256) and said != file.sha256:
+            raise IntegrityError(f"{file.name}: train.yaml and {manifest.name} name different sha256", "make the manifest again")
+    outcome = stage_manifest(manifest, source_of(job, job_folder), settings, leaders)
+    files = {name: Staged(outcome.files / path, sha256 or outcome.digest, 0) for name, (path, sha256) in listed.items()}
+    return files, [outcome]
 
 
 def provenance(submission: dict[str, Any], staged: dict[str, Staged], reducer: str, ranks: Ranks) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from hpcutils.errors import HpcutilsError, MissingPartError
 from hpcutils.world import World, check_against_mpi
 
 Result = TypeVar("Result")
+NAP_S = 0.0005
 
 
 class Ranks:
@@ -27,12 +29,14 @@ class Ranks:
     Attributes:
         comm: mpi4py communicator of all ranks, or `None` in a world of one.
         node_comm: That of the ranks on this node, or `None`.
+        leader_comm: That of one rank a node, on those ranks; else `None`.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.comm: Any = None
         self.node_comm: Any = None
+        self.leader_comm: Any = None
         if world.world_size > 1:
             self._connect()
 
@@ -48,6 +52,8 @@ class Ranks:
         # Own communicators: Horovod and user code may use the world's, and messages must not cross.
         self.comm = MPI.COMM_WORLD.Dup()
         self.node_comm = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        split = self.comm.Split(0 if self.world.is_leader else MPI.UNDEFINED)
+        self.leader_comm = split if self.world.is_leader else None
 
     def gather(self, value: Result) -> list[Result]:
         """Return every rank's `value`, on every rank."""
@@ -77,10 +83,18 @@ class Ranks:
             result = work()
         except HpcutilsError as exc:
             error = exc
+        self.sleep_until_all_are_here()
         errors = [known for known in self.gather(error) if known is not None]
         if errors:
             raise errors[0]
         return result  # type: ignore[return-value]
+
+    def sleep_until_all_are_here(self) -> None:
+        """Wait for all ranks without spinning: what one rank a node does for minutes must not cost the others' cores."""
+        if self.comm is not None:
+            request = self.comm.Ibarrier()
+            while not request.Test():
+                time.sleep(NAP_S)
 
     def on_leaders(self, work: Callable[[], Result]) -> Result:
         """Run `work` on one rank of each node and return its result to the node's other ranks."""

@@ -36,12 +36,12 @@ def test_links_lead_somewhere():
 
 
 def test_every_key_of_train_yaml_is_documented():
-    from hpcutils.specs.job import Checkpoints, Data, DataFile, Job, ModelSpec, Resources, Split, Training
+    from hpcutils.specs.job import Checkpoints, Data, DataFile, Job, ModelSpec, Resources, Split, Staging, Training
 
     text = (ROOT / "docs" / "reference" / "train-yaml.md").read_text()
-    keys = {key for cls in (Data, Job, ModelSpec, Resources, Training, Checkpoints) for key in cls.model_fields}
+    keys = {key for cls in (Data, Job, ModelSpec, Resources, Training, Checkpoints, Staging) for key in cls.model_fields}
     keys |= {f"files[].{key}" for key in DataFile.model_fields} | {f"split.{key}" for key in Split.model_fields}
-    keys -= {"data", "model", "training", "resources", "checkpoints", "split"}
+    keys -= {"data", "model", "training", "resources", "checkpoints", "split", "staging"}
     assert {key for key in keys if f"`{key}`" not in text} == set()
 
 

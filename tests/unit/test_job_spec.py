@@ -104,6 +104,10 @@ def test_missing_data_is_fine_when_the_job_makes_it(folder):
         ("loss: mse", "loss: mse\n  optimizer: {learning_rate: 0.1}", "13:14", "needs its 'name'"),
         ("loss: mse", "loss: mse\nresources: {time: 1h}", "13:19", "HH:MM:SS"),
         ("loss: mse", "loss: mse\nresources: {devices: tpu}", "13:22", "'gpu' or 'simulated'"),
+        ("loss: mse", "loss: mse\nstaging: {manifest: gone.jsonl}", "13:21", "no such file: gone.jsonl"),
+        ("loss: mse", "loss: mse\nstaging: {source: /x}", "13:10", "and there is none"),
+        ("loss: mse", "loss: mse\nstaging: {cache: x}", "13:18", "an absolute path was expected, got 'x'"),
+        ("loss: mse", "loss: mse\nstaging: {quota_gb: 0}", "13:21", "more than 0"),
         ("  y: labels", "  y: labels\n  split: {train: [5, 2]}", "7:18", "0 <= start < end"),
     ],
 )

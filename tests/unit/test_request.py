@@ -1,5 +1,6 @@
 """What Slurm is asked for: the batch script as a golden file, and the layouts."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -53,6 +54,17 @@ def test_batch_script(name, resources, image, slurm_on_path):
         golden.parent.mkdir(parents=True, exist_ok=True)
         golden.write_text(text)
     assert text == golden.read_text()
+
+
+def test_the_container_sees_the_manifest_its_source_and_the_cache():
+    job = digits()
+    staging = job.staging.model_copy(update={"manifest": "lists/a.jsonl", "source": "/big/set", "cache": "/nvme/cache"})
+    run = RunDirectory(Path("/shared/runs/x"))
+    request = plan_request(job.model_copy(update={"staging": staging}), run, Path("/i.sif"), Path("/shared/jobs/digits"))
+    binds = [after for word, after in itertools.pairwise(request.python_argv) if word == "--bind"]
+    assert {"/shared/jobs/digits/lists:/shared/jobs/digits/lists:ro", "/big/set:/big/set:ro", "/nvme/cache:/nvme/cache"} <= set(
+        binds
+    )
 
 
 FAILED = json.dumps({"rank": 1, "message": 'data "exit_code": 99', "exit_code": 5, "hint": ""}, indent=2)

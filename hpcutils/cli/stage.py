@@ -1,0 +1,83 @@
+"""`hpcutils stage`: what datasets are made of, and what a job would do to have them on a node."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hpcutils.cli.options import JSON, emit
+
+if TYPE_CHECKING:
+    from hpcutils.staging.dataset import Dataset
+    from hpcutils.staging.plan import StagePlan
+
+CACHE = click.option("--cache", "root", metavar="DIR", help="The cache [$HPCUTILS_NODE_CACHE, or in $SLURM_TMPDIR, $TMPDIR, /tmp].")
+PATH = click.Path(path_type=Path)
+
+
+@click.group()
+def stage() -> None:
+    """List a dataset's files; say what staging it would do."""
+
+
+@stage.command()
+@click.argument("places", metavar="DIR|FILE...", nargs=-1, required=True, type=PATH)
+@click.option("--output", "-o", metavar="FILE", type=PATH, help="The manifest to write [NAME.manifest.jsonl].")
+@click.option("--segment-mib", type=click.IntRange(1, 1024), default=64, show_default=True, help="Size of a segment.")
+@JSON
+def manifest(places: tuple[Path, ...], output: Path | None, segment_mib: int, as_json: bool) -> None:
+    """Read every file of a DIR, or of several FILEs, once, and write its size and digests; print the manifest's path.
+
+    A million files take no more memory than one. Paths start from the DIR, or from the folder that all FILEs are in.
+    """
+    from hpcutils.staging.manifest import common_folder, find_files, write_manifest
+
+    source = common_folder(places)
+    target = output or Path(f"{source.name if len(places) > 1 or places[0].is_dir() else places[0].name}.manifest.jsonl")
+    made = write_manifest(find_files(places), target, segment_mib << 20)
+    facts = {"path": str(target), "source": str(source), "files": made.total.files, "size_bytes": made.total.size_bytes}
+    emit({**facts, "segments": made.segments, "sha256": made.digest()}, as_json, str(target))
+
+
+@stage.command()
+@click.argument("what", metavar="MANIFEST|TRAIN.YAML", type=PATH)
+@CACHE
+@click.option("--quota-gb", type=click.FloatRange(min=0, min_open=True), help="What the cache may hold, in GB.")
+@click.option("--verify", is_flag=True, help="Hash again what is there.")
+@click.option("--rate", type=click.FloatRange(min=0, min_open=True), default=None, help="MiB a second to reckon with.")
+@JSON
+def plan(what: Path, root: str | None, quota_gb: float | None, verify: bool, rate: float | None, as_json: bool) -> None:
+    """Say what a job on this node would move, what it would evict, and how long that takes; nothing is touched."""
+    from hpcutils.staging.plan import describe
+
+    quota = None if quota_gb is None else int(quota_gb * 1e9)
+    plans = [_plan(dataset, root, quota, verify, (rate or 0.0) * (1 << 20)) for dataset in _datasets(what)]
+    emit({"plans": [_as_dict(each) for each in plans]}, as_json, "\n\n".join(describe(each, quota) for each in plans))
+
+
+def _datasets(what: Path) -> list[Dataset]:
+    from hpcutils.staging.dataset import dataset_of_manifest
+    from hpcutils.staging.manifest import read_manifest
+
+    if what.suffix not in (".yaml", ".yml"):
+        return [dataset_of_manifest(read_manifest(what))]
+    from hpcutils.specs.job import load_job
+    from hpcutils.staging.want import datasets_of
+
+    return datasets_of(load_job(what), what.resolve().parent)
+
+
+def _plan(dataset: Dataset, root: str | None, quota_bytes: int | None, verify: bool, rate: float) -> StagePlan:
+    from hpcutils.staging.cache import cache_root
+    from hpcutils.staging.look import look, place_of, plan_dataset
+
+    place = place_of(dataset, cache_root(root))
+    return plan_dataset(dataset, place, look(dataset, place, verify=verify), quota_bytes, rate)
+
+
+def _as_dict(plan: StagePlan) -> dict[str, Any]:
+    evict = [kept.name for kept in plan.evict]
+    return {**asdict(plan), "target": str(plan.target), "have": len(plan.have), "evict": evict, "seconds": plan.seconds}

@@ -1,0 +1,240 @@
+"""The node's cache as a whole: where it is, what is in it, who uses it, what goes when room is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpcutils import fs
+from hpcutils.errors import DataError, SpecError
+from hpcutils.log import LOGGER
+from hpcutils.staging import store
+from hpcutils.staging.load import digest_of
+from hpcutils.staging.manifest import read_manifest
+from hpcutils.staging.origins import FolderOrigin
+from hpcutils.staging.owner import is_alive, is_mine, owner_in, this_process
+from hpcutils.staging.plan import Kept
+from hpcutils.staging.segments import cut
+from hpcutils.staging.store import FILES, KINDS, LIST, MARKER, PINS, Place
+
+
+def cache_root(named: str | None = None) -> Path:
+    """Return the node-local cache.
+
+    Args:
+        named: What a job or an option says; it wins over `$HPCUTILS_NODE_CACHE`, and that over a folder of the user's in
+            `$SLURM_TMPDIR`, `$TMPDIR` or `/tmp`.
+    """
+    named = named or os.environ.get("HPCUTILS_NODE_CACHE")
+    if named:
+        return Path(named).absolute()
+    base = os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
+    return Path(base) / f"hpcutils-{getpass.getuser()}" / "cache"
+
+
+def free_bytes(root: Path) -> int:
+    """Return what is free on the disk that holds, or will hold, `root`."""
+    while not root.exists():
+        root = root.parent
+    return shutil.disk_usage(root).free
+
+
+# Pins. A job pins a dataset before it looks whether it is there; who evicts takes the dataset's name away before it looks at the
+# pins, and gives it back if there is one. Whichever way the two meet, no job loses what it found.
+
+
+def pin(place: Place) -> Path:
+    """Say that this process uses a dataset, as long as it lives; returns the pin's file."""
+    folder, prefix = place.root / PINS, f"{place.kind}.{place.key}."
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = (path for path in folder.iterdir() if path.name.startswith(prefix) and is_mine(path.name.removeprefix(prefix)))
+    path = next(mine, folder / f"{prefix}{this_process()}")
+    path.touch()
+    return path
+
+
+def unpin(place: Place) -> None:
+    """Take this process' pin away."""
+    pin(place).unlink()
+
+
+def pins_of(place: Place) -> tuple[str, ...]:
+    """Return who uses a dataset now, as `host-pid-start-job-…`; pins of dead processes are removed."""
+    prefix, found = f"{place.kind}.{place.key}.", []
+    with contextlib.suppress(FileNotFoundError), os.scandir(place.root / PINS) as entries:
+        for entry in entries:
+            owner = owner_in(entry.name.removeprefix(prefix)) if entry.name.startswith(prefix) else None
+            if owner is None:
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                if is_alive(owner, entry.stat().st_mtime):
+                    found.append(str(owner))
+                else:
+                    Path(entry.path).unlink(missing_ok=True)
+    return tuple(sorted(found))
+
+
+def kept_in(root: Path) -> list[Kept]:
+    """Return the complete datasets of a cache, least recently used first."""
+    found = []
+    for kind in KINDS:
+        with contextlib.suppress(FileNotFoundError):
+            for entry in sorted((root / kind).iterdir()):
+                kept = None if entry.name.startswith(".") else _kept(Place(root, kind, entry.name))
+                found += [] if kept is None else [kept]
+    return sorted(found, key=lambda kept: kept.used_s)
+
+
+def _kept(place: Place) -> Kept | None:
+    head = store.read_head(place.entry)
+    if head is None:
+        return None
+    used_s = (place.entry / MARKER).stat().st_mtime
+    rate = head.moved_bytes / head.seconds if head.seconds > 0 else 0.0
+    return Kept(place.kind, place.key, head.name, head.files, head.size_bytes, used_s, pins_of(place), rate)
+
+
+def touch(place: Place) -> None:
+    """Take note that a dataset is used now."""
+    with contextlib.suppress(OSError):
+        os.utime(place.entry / MARKER)
+
+
+def evict(place: Place) -> bool:
+    """Remove a dataset, unless a running job pins it; says whether it went."""
+    if pins_of(place):
+        return False
+    trash = place.temporary(store.TRASH)
+    try:
+        place.entry.rename(trash)
+    except FileNotFoundError:
+        return False
+    if pins_of(place):
+        # A job came meanwhile: it may have found the dataset, or may be making it anew.
+        with contextlib.suppress(OSError):
+            trash.rename(place.entry)
+            return False
+    fs.remove(trash)
+    return True
+
+
+def sweep(root: Path) -> int:
+    """Remove trash that killed processes left, and pins of dead ones; returns the number of folders removed.
+
+    Partials stay: the next job that wants them takes them up.
+    """
+    count = 0
+    for kind in KINDS:
+        for left in store.leftovers(root, kind):
+            if store.TRASH in left.name:
+                fs.remove(left)
+                count += 1
+    return count
+
+
+def make_room(root: Path, which: Iterable[Kept]) -> None:
+    """Evict what a plan says; what was pinned since it was made stays."""
+    for kept in which:
+        if evict(Place(root, kept.kind, kept.key)):
+            LOGGER.info("evicted %s (%d bytes), not used for longest", kept.name, kept.size_bytes)
+
+
+def forget_partials(root: Path) -> int:
+    """Remove all that killed processes left, partials too; returns how many."""
+    lefts = [left for kind in KINDS for left in store.leftovers(root, kind)]
+    for left in lefts:
+        fs.remove(left)
+    return len(lefts)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What re-hashing a dataset found.
+
+    Args:
+        kept: The dataset.
+        wrong: Files with a segment that does not prove right, or that are missing.
+    """
+
+    kept: Kept
+    wrong: tuple[str, ...]
+
+
+def verify(root: Path, kept: Kept) -> Verified:
+    """Hash every segment of a complete dataset again."""
+    folder = Place(root, kept.kind, kept.key).entry
+    wrong = wrong_files(folder)
+    if not wrong and not store.is_intact(folder):
+        wrong = ["(a file's time, or a file too many)"]
+    return Verified(kept, tuple(wrong))
+
+
+def wrong_files(folder: Path) -> list[str]:
+    """Return the files of a complete dataset that do not prove right, each once."""
+    try:
+        return list(dict.fromkeys(_wrong_files(folder)))
+    except SpecError as exc:
+        return [exc.message]
+
+
+def _wrong_files(folder: Path) -> Iterator[str]:
+    manifest = read_manifest(folder / LIST)
+    files = folder / FILES
+    origin = FolderOrigin(lambda path: files / path)
+    memory = memoryview(bytearray(manifest.segment_bytes))
+    for segment in cut(manifest.entries(), manifest.segment_bytes, manifest.total.tail):
+        data, lost = memory[: segment.size_bytes], False
+        for piece in segment.pieces:
+            try:
+                origin.read(piece, data[piece.at : piece.at + piece.size_bytes])
+            except DataError:
+                lost = True
+                yield piece.path
+        if not lost and digest_of(data) != segment.digest:
+            yield from (piece.path for piece in segment.pieces)
+    origin.close()
+
+
+def choose(root: Path, names: Iterable[str]) -> list[Kept]:
+    """Return the datasets that are called so: by name, key or the beginning of one; all without names.
+
+    Raises:
+        SpecError: There is none of a name.
+    """
+    kept, names = kept_in(root), list(names)
+    for name in names:
+        if not any(_is_called(each, name) for each in kept):
+            raise SpecError(f"no dataset {name!r} in {root}", f"there are: {', '.join(each.name for each in kept) or 'none'}")
+    return [each for each in kept if not names or any(_is_called(each, name) for name in names)]
+
+
+def _is_called(kept: Kept, name: str) -> bool:
+    return bool(name) and (kept.name == name or kept.key.startswith(name))
+
+
+def evict_all(root: Path, which: Iterable[Kept], *, partials: bool = False) -> tuple[list[Kept], list[Kept]]:
+    """Remove datasets, and with `partials` what killed processes left; returns those that went, and those that are in use."""
+    gone: list[Kept] = []
+    stay: list[Kept] = []
+    for kept in which:
+        (gone if evict(Place(root, kept.kind, kept.key)) else stay).append(kept)
+    if partials:
+        forget_partials(root)
+    return gone, stay
+
+
+def size(root: Path) -> dict[str, int]:
+    """Return what a cache takes, in numbers and bytes."""
+    kept = kept_in(root)
+    return {
+        "datasets": len(kept),
+        "size_bytes": sum(each.size_bytes for each in kept),
+        "left": sum(len(store.leftovers(root, kind)) for kind in KINDS),
+        "free_bytes": free_bytes(root),
+    }

@@ -1,0 +1,79 @@
+"""What a node's cache has of a dataset, and what follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpcutils.staging import cache, store
+from hpcutils.staging.dataset import Dataset
+from hpcutils.staging.load import prove
+from hpcutils.staging.plan import Facts, Kept, StagePlan, State, plan_stage
+from hpcutils.staging.store import FILES, Place
+
+
+def place_of(dataset: Dataset, root: Path) -> Place:
+    """Return where a dataset is kept."""
+    return Place(root, dataset.kind, dataset.key)
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a node's cache has of a dataset.
+
+    Args:
+        facts: For the plan.
+        partial: The folder that is to be filled; `None` when nothing is, or nothing may be touched.
+        finished: Digests of the segments that are there, by number.
+    """
+
+    facts: Facts
+    partial: Path | None
+    finished: dict[int, str]
+
+
+def look(dataset: Dataset, place: Place, *, verify: bool = False, take: bool = False) -> Looked:
+    """Find out what is there. With `take` a partial is claimed, or made, for this process; without, nothing is touched.
+
+    A complete dataset that is not what it was is taken out of its name with `take`: what is right of it is kept.
+    """
+    root = place.root
+    state: State = "missing"
+    folder: Path | None = None
+    if place.entry.is_dir():
+        if store.is_intact(place.entry):
+            finished = store.read_finished(place.entry, dataset.segment_bytes)
+            if not verify or len(_proved(dataset, place.entry, finished)) == len(list(dataset.segments())):
+                facts = Facts("present", frozenset(finished), dataset.size_bytes, cache.free_bytes(root), _others(place))
+                return Looked(facts, None, finished)
+        state, folder = "corrupt", (store.put_aside(place) if take else place.entry)
+        if folder is not None and take:
+            store.prune(folder, (entry.path for entry in dataset.entries()))
+    if folder is None:
+        left = place.partials()
+        state = "partial" if left else state
+        folder = store.claim(place) if take else (left[0] if left else None)
+    finished = {} if folder is None else _proved(dataset, folder, store.read_finished(folder, dataset.segment_bytes))
+    if folder is not None and take:
+        store.write_finished(folder, dataset.segment_bytes, finished)
+    have_bytes = sum(segment.size_bytes for segment in dataset.segments() if segment.number in finished) if finished else 0
+    if state == "partial" and not finished:
+        state = "missing"
+    facts = Facts(state, frozenset(finished), have_bytes, cache.free_bytes(root), _others(place))
+    return Looked(facts, folder if take else None, finished)
+
+
+def _others(place: Place) -> tuple[Kept, ...]:
+    return tuple(kept for kept in cache.kept_in(place.root) if (kept.kind, kept.key) != (place.kind, place.key))
+
+
+def _proved(dataset: Dataset, folder: Path, finished: dict[int, str]) -> dict[int, str]:
+    listed = (segment for segment in dataset.segments() if segment.number in finished) if finished else iter(())
+    return prove(folder / FILES, listed, finished, dataset.segment_bytes)
+
+
+def plan_dataset(dataset: Dataset, place: Place, looked: Looked, quota_bytes: int | None = None, rate: float = 0.0) -> StagePlan:
+    """Return what this node has to do."""
+    return plan_stage(
+        dataset.name, place.entry, dataset.files, dataset.size_bytes, dataset.segment_count, looked.facts, quota_bytes, rate
+    )

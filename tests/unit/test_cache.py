@@ -1,0 +1,216 @@
+"""The cache: who uses what, what goes first, what the command line says."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from staging_samples import left_in, make_set, stage_set, tree_of
+
+from hpcutils.cli.cache import cache as cache_commands
+from hpcutils.cli.stage import stage as stage_commands
+from hpcutils.errors import HpcutilsError
+from hpcutils.staging import cache, store
+from hpcutils.staging.dataset import dataset_of_manifest
+from hpcutils.staging.look import place_of
+from hpcutils.staging.manifest import find_files, read_manifest, write_manifest
+from hpcutils.staging.owner import Owner, is_alive, owner_in, this_process
+from hpcutils.staging.store import MARKER, Place
+
+
+def staged(folder: Path, name: str, root: Path, used_s: int, size: int = 1000) -> Place:
+    """Stage a dataset of one file that was last used at `used_s`, by a process that is gone."""
+    source = folder / name
+    source.mkdir()
+    (source / "data").write_bytes(os.urandom(size))
+    manifest = write_manifest(find_files([source]), folder / f"{name}.jsonl")
+    stage_set(manifest.path, source, root)
+    place = place_of(dataset_of_manifest(manifest), root)
+    cache.unpin(place)
+    os.utime(place.entry / MARKER, (used_s, used_s))
+    return place
+
+
+def invoke(group: str, *words: object, **options) -> Result:
+    commands = {"cache": cache_commands, "stage": stage_commands}[group]
+    return CliRunner().invoke(commands, [*map(str, words)], **options)
+
+
+def hpcutils(*words: object) -> dict:
+    done = invoke(*words, "--json", catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.output)
+
+
+def dead_owner() -> Owner:
+    child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
+    return replace(this_process(), pid=int(child.stdout))
+
+
+@pytest.mark.parametrize("host", ["node-1", "a", "x-1-2-3"])
+def test_owners_are_read_back(host):
+    owner = Owner(host, 12, 345, "678_9", "0123abcd")
+    assert owner_in(str(owner)) == owner
+    assert owner_in("nobody") is None
+
+
+def test_who_is_alive():
+    mine = this_process()
+    assert is_alive(mine, 0.0)
+    assert not is_alive(replace(mine, start_ticks=mine.start_ticks + 1), 0.0)  # the number came back
+    assert not is_alive(dead_owner(), 0.0)
+    elsewhere = replace(mine, host="elsewhere")
+    assert not is_alive(elsewhere, 0.0)
+    assert is_alive(elsewhere, 2**33)
+
+
+def test_the_least_recently_used_goes_when_the_quota_is_full(tmp_path):
+    root = tmp_path / "cache"
+    old, new = staged(tmp_path, "old", root, 1000), staged(tmp_path, "new", root, 2000)
+    source, manifest = make_set(tmp_path)
+    size = read_manifest(manifest).total.size_bytes
+    stage_set(manifest, source, root, quota_bytes=size + 1000)
+    assert (old.entry.exists(), new.entry.exists()) == (False, True)
+    assert left_in(root) == []
+
+
+def test_a_pinned_dataset_stays(tmp_path):
+    root = tmp_path / "cache"
+    old, new = staged(tmp_path, "old", root, 1000), staged(tmp_path, "new", root, 2000)
+    cache.pin(old)
+    source, manifest = make_set(tmp_path)
+    size = read_manifest(manifest).total.size_bytes
+    stage_set(manifest, source, root, quota_bytes=size + 1000)
+    assert (old.entry.exists(), new.entry.exists()) == (True, False)
+    assert not cache.evict(old)
+
+
+def test_the_pin_of_a_dead_process_is_none(tmp_path):
+    place = staged(tmp_path, "old", tmp_path / "cache", 1000)
+    pin = cache.pin(place)
+    pin.rename(pin.with_name(f"{place.kind}.{place.key}.{dead_owner()}"))
+    assert cache.pins_of(place) == ()
+    assert list((tmp_path / "cache" / "pins").iterdir()) == []
+    assert cache.evict(place)
+
+
+def test_a_process_pins_once(tmp_path):
+    place = Place(tmp_path, "manifest", "k")
+    assert cache.pin(place) == cache.pin(place)
+    assert len(cache.pins_of(place)) == 1
+
+
+def test_a_pin_that_comes_between_look_and_removal_is_honoured(tmp_path, monkeypatch):
+    place = staged(tmp_path, "old", tmp_path / "cache", 1000)
+    rename = Path.rename
+
+    def pinned_meanwhile(path: Path, target: Path) -> Path:
+        moved = rename(path, target)
+        if path == place.entry:
+            cache.pin(place)
+        return moved
+
+    monkeypatch.setattr(Path, "rename", pinned_meanwhile)
+    assert not cache.evict(place)
+    assert store.is_intact(place.entry)
+
+
+def test_staging_and_evicting_at_once_never_leaves_half(tmp_path):
+    source, manifest = make_set(tmp_path)
+    root = tmp_path / "cache"
+    stage_set(manifest, source, root)
+    place = place_of(dataset_of_manifest(read_manifest(manifest)), root)
+    cache.unpin(place)
+    stop = threading.Event()
+    went = []
+
+    def evict_again_and_again() -> None:
+        while not stop.is_set():
+            went.append(cache.evict(place))
+
+    thread = threading.Thread(target=evict_again_and_again)
+    thread.start()
+    try:
+        for _ in range(5):
+            files = stage_set(manifest, source, root).files
+            # Pinned by this process now: nobody takes it away while it is read.
+            assert tree_of(files) == tree_of(source)
+            cache.unpin(place)
+    finally:
+        stop.set()
+        thread.join()
+    assert any(went)
+
+
+def test_trash_of_killed_processes_is_swept(tmp_path):
+    place = staged(tmp_path, "old", tmp_path / "cache", 1000)
+    place.entry.rename(place.root / place.kind / f".{place.key}{store.TRASH}{dead_owner()}")
+    assert cache.sweep(place.root) == 1
+    assert left_in(place.root) == []
+
+
+def test_the_command_line(tmp_path):
+    root = tmp_path / "cache"
+    old, new = staged(tmp_path, "old", root, 1000), staged(tmp_path, "new", root, 2000)
+    cache.pin(new)
+    listed = hpcutils("cache", "list", "--cache", root)["datasets"]
+    assert [(each["name"], len(each["pins"])) for each in listed] == [("old.jsonl", 0), ("new.jsonl", 1)]
+    assert hpcutils("cache", "size", "--cache", root) | {"free_bytes": 0} == {
+        "datasets": 2, "size_bytes": 2000, "left": 0, "free_bytes": 0,
+    }  # fmt: skip
+    assert [each["wrong"] for each in hpcutils("cache", "verify", "--cache", root)["datasets"]] == [[], []]
+    assert hpcutils("cache", "evict", "--all", "--cache", root) == {"removed": [old.key], "in_use": [new.key]}
+    said = invoke("cache", "list", "--cache", root).output
+    assert said.split()[:7] == [new.key[:12], "1000", "B", "1", "files", "used", "1970-01-01"]
+    assert said.rstrip().endswith("new.jsonl  in use by 1")
+
+
+@pytest.mark.parametrize(
+    "words, code", [(("evict",), 2), (("evict", "x"), 2), (("verify", "nothing"), 2), (("evict", "x", "--all"), 2)]
+)
+def test_what_the_command_line_refuses(tmp_path, words, code):
+    done = invoke("cache", *words, "--cache", tmp_path)
+    assert isinstance(done.exception, HpcutilsError)
+    assert done.exception.exit_code == code
+
+
+def test_verify_names_what_changed(tmp_path):
+    place = staged(tmp_path, "old", tmp_path / "cache", 1000)
+    facts = (place.files / "data").stat()
+    (place.files / "data").write_bytes(b"\0" * 1000)
+    os.utime(place.files / "data", ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    done = invoke("cache", "verify", "old.jsonl", "--cache", place.root)
+    assert isinstance(done.exception, HpcutilsError)
+    assert done.exception.exit_code == 6
+    assert "old.jsonl: data" in done.output
+
+
+def test_manifest_and_plan_on_the_command_line(tmp_path):
+    source, _ = make_set(tmp_path)
+    root = tmp_path / "cache"
+    made = hpcutils("stage", "manifest", source, "-o", tmp_path / "m.jsonl", "--segment-mib", 1)
+    assert (made["files"], made["segments"], made["source"]) == (14, 1, str(source))
+    (plan,) = hpcutils("stage", "plan", made["path"], "--cache", root, "--rate", 1)["plans"]
+    assert (plan["state"], plan["move_bytes"], plan["lacking_bytes"]) == ("missing", made["size_bytes"], 0)
+    assert plan["seconds"] == pytest.approx(made["size_bytes"] / (1 << 20))
+    outcome = stage_set(Path(made["path"]), source, root)
+    (plan,) = hpcutils("stage", "plan", made["path"], "--cache", root, "--verify")["plans"]
+    assert (plan["state"], plan["target"]) == ("present", str(outcome.files.parent))
+
+
+def test_the_plan_of_a_job(tmp_path):
+    (tmp_path / "train.h5").write_bytes(os.urandom(1000))
+    (tmp_path / "other.h5").write_bytes(os.urandom(500))
+    (tmp_path / "model.py").write_text("def build(): ...\n")
+    hpcutils("stage", "manifest", tmp_path / "train.h5", "-o", tmp_path / "m.jsonl")
+    (tmp_path / "train.yaml").write_text(
+        "name: x\ndata: {files: [{path: train.h5}, {path: other.h5}], x: train.h5:a, y: other.h5:b}\n"
+        "model: {function: model.py:build}\ntraining: {epochs: 1, batch_size: 1, loss: mse}\nstaging: {manifest: m.jsonl}\n"
+    )
+    plans = hpcutils("stage", "plan", tmp_path / "train.yaml", "--cache", tmp_path / "cache")["plans"]
+    assert [(plan["name"], plan["move_bytes"]) for plan in plans] == [("m.jsonl", 1000), ("other.h5", 500)]
