@@ -187,7 +187,7 @@ def _wrong_files(folder: Path) -> Iterator[str]:
     manifest = read_manifest(folder / LIST)
     files = folder / FILES
     origin = FolderOrigin(lambda path: files / path)
-    memory = memoryview(bytearray(manifest.segment_bytes))
+    memory = memoryview(bytearray(min(manifest.segment_bytes, manifest.total.size_bytes)))
     for segment in cut(manifest.entries(), manifest.segment_bytes, manifest.total.tail):
         data, lost = memory[: segment.size_bytes], False
         for piece in segment.pieces:

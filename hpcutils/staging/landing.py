@@ -25,8 +25,7 @@ class Landing:
     """A partial that is being filled.
 
     Args:
-        partial: Its folder.
-        segment_bytes: What the sidecar begins with: with another size its numbers would mean something else.
+        partial: Its folder, with a sidecar that has been begun.
         follower: What hashes behind the writing, or `None`.
 
     Attributes:
@@ -34,7 +33,7 @@ class Landing:
             still want what this one hands on.
     """
 
-    def __init__(self, partial: Path, segment_bytes: int, follower: Follower | None = None) -> None:
+    def __init__(self, partial: Path, follower: Follower | None = None) -> None:
         self._files, self._follower = partial / FILES, follower
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="land")
         self._pending: list[Future[None]] = []
@@ -44,8 +43,6 @@ class Landing:
         self.error: DataError | None = None
         self.landed_bytes = 0
         self._sidecar = (partial / SEGMENTS).open("a", encoding="ascii", buffering=1)
-        if self._sidecar.tell() == 0:
-            self._sidecar.write(f"{segment_bytes}\n")
 
     def __enter__(self) -> Landing:
         return self

@@ -162,12 +162,14 @@ def _fill(origin: Origin, segment: Segment, data: memoryview) -> None:
         origin.read(piece, data[piece.at : piece.at + piece.size_bytes])
 
 
-def prove(files: Path, segments: Iterable[Segment], finished: dict[int, str], segment_bytes: int) -> dict[int, str]:
+def prove(files: Path, segments: Iterable[Segment], finished: dict[int, str]) -> dict[int, str]:
     """Return those of `finished` whose bytes are in `files` and hash to what they must, with their digests."""
-    memory = memoryview(bytearray(max(segment_bytes, 1)))
+    memory = memoryview(b"")
     here, right = FolderOrigin(lambda path: files / path), {}
     for segment in segments:
         expected = segment.digest or finished[segment.number]
+        if len(memory) < segment.size_bytes:
+            memory = memoryview(bytearray(segment.size_bytes))
         data = memory[: segment.size_bytes]
         try:
             _fill(here, segment, data)

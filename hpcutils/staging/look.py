@@ -69,7 +69,7 @@ def _others(place: Place) -> tuple[Kept, ...]:
 
 def _proved(dataset: Dataset, folder: Path, finished: dict[int, str]) -> dict[int, str]:
     listed = (segment for segment in dataset.segments() if segment.number in finished) if finished else iter(())
-    return prove(folder / FILES, listed, finished, dataset.segment_bytes)
+    return prove(folder / FILES, listed, finished)
 
 
 def plan_dataset(dataset: Dataset, place: Place, looked: Looked, quota_bytes: int | None = None, rate: float = 0.0) -> StagePlan:

@@ -67,8 +67,7 @@ class Move:
         except HpcutilsError:
             if follower is not None:
                 follower.stop()
-            if self.partial is not None:
-                store.abandon(self.partial)
+            store.give_up(self.place)
             raise
 
     def _follower(self) -> Follower | None:
@@ -86,7 +85,9 @@ class Move:
     def _go_round(self, follower: Follower | None, shows: Progress) -> None:
         here = self.place.files if self.partial is None else self.partial / FILES
         done_bytes = self.looked.facts.have_bytes
-        with Loader(self.origin, here, self.looked.finished, self.leaders.node) as loader, self._landing(follower) as landing:
+        # Together: who cannot begin must not leave the others waiting in the first round.
+        opened = self.leaders.together(lambda: self._open(follower))
+        with Loader(self.origin, here, self.looked.finished, self.leaders.node) as loader, opened as landing:
             for slots, reading in self._read_ahead(loader):
                 mine, error = _result(reading)
                 for load in self._loads(slots, mine):
@@ -105,13 +106,11 @@ class Move:
             yield mine
         yield from self.ring.turn(slots, mine)
 
-    @contextlib.contextmanager
-    def _landing(self, follower: Follower | None) -> Iterator[Landing | None]:
+    def _open(self, follower: Follower | None) -> contextlib.AbstractContextManager[Landing | None]:
         if self.partial is None:
-            yield None
-            return
-        with Landing(self.partial, self.dataset.segment_bytes, follower) as landing:
-            yield landing
+            return contextlib.nullcontext()
+        with disk_errors(self.place):
+            return Landing(self.partial, follower)
 
     def _read_ahead(self, loader: Loader) -> Iterator[tuple[list[Segment | None], Future[Load] | None]]:
         """Yield each round's segments with this leader's own on its way."""

@@ -148,24 +148,18 @@ def _prepare(dataset: Dataset, place: Place, settings: Settings) -> tuple[Looked
     with disk_errors(place):
         store.open_root(place.root)
         cache.pin(place)
-        looked = look(dataset, place, verify=settings.verify, take=True)
-        plan = plan_dataset(dataset, place, looked, settings.quota_bytes)
         try:
+            looked = look(dataset, place, verify=settings.verify, take=True)
+            plan = plan_dataset(dataset, place, looked, settings.quota_bytes)
             plan.require_room()
-        except DataError:
-            _leave(looked)
+        except BaseException:
+            store.give_up(place)
             raise
         cache.sweep(place.root)
         cache.make_room(place.root, plan.evict)
         if looked.facts.state == "present":
             cache.touch(place)
         return looked, plan
-
-
-def _leave(looked: Looked) -> None:
-    """Give a partial up: what has no segment that proved right is removed, anything else waits for the next job."""
-    if looked.partial is not None:
-        store.abandon(looked.partial)
 
 
 def _is_divisible(origin: Origin, dataset: Dataset, leaders: Leaders) -> bool:

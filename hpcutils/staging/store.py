@@ -28,7 +28,7 @@ from hpcutils import fs
 from hpcutils.errors import DataError, IntegrityError
 from hpcutils.log import LOGGER
 from hpcutils.staging.archive import flush
-from hpcutils.staging.owner import is_alive, owner_in, this_process
+from hpcutils.staging.owner import is_alive, is_mine, owner_in, this_process
 
 FILES, SEGMENTS, LIST, MARKER = "files", "segments", "manifest.jsonl", "complete.jsonl"
 KINDS = ("manifest", "sha256", "stat")
@@ -253,8 +253,15 @@ def claim(place: Place) -> Path:
                 fs.remove(mine)
     if claimed is None:
         return new_partial(place)
-    (claimed / MARKER).unlink(missing_ok=True)
+    _strip(claimed)
     return claimed
+
+
+def _strip(partial: Path) -> None:
+    """Remove all but the files and the sidecar: markers and temporaries of who had it before."""
+    for path in partial.iterdir():
+        if path.name not in (FILES, SEGMENTS):
+            fs.remove(path)
 
 
 def put_aside(place: Place) -> Path | None:
@@ -268,7 +275,7 @@ def put_aside(place: Place) -> Path | None:
         place.entry.rename(partial)
     except FileNotFoundError:
         return None
-    (partial / MARKER).unlink(missing_ok=True)
+    _strip(partial)
     return partial
 
 
@@ -293,15 +300,28 @@ def discard(folder: Path, place: Place) -> None:
         fs.remove(trash)
 
 
-def abandon(partial: Path) -> None:
-    """Give a partial up: the next job may claim it, also one in this process. Without a proved segment it is removed."""
-    if _finished_bytes(partial) < LONGEST_FIRST_LINE:
-        fs.remove(partial)
-        return
-    head, _, _ = partial.name.rpartition(PART)
-    # No process has the number 0.
-    with contextlib.suppress(FileNotFoundError):
-        partial.rename(partial.with_name(f"{head}{PART}{replace(this_process(), pid=0, start_ticks=0)}"))
+def give_up(place: Place) -> None:
+    """Give up what this process has of a dataset that it could not complete: the next job may claim it, also one in this process.
+
+    A partial without a proved segment is removed. What the disk refuses now is left for the next job.
+    """
+    for partial in _temporaries(place.root, place.kind):
+        mark = TRASH if TRASH in partial.name else PART
+        head, _, owner = partial.name.rpartition(mark)
+        if head != f".{place.key}" or not is_mine(owner):
+            continue
+        with contextlib.suppress(OSError):
+            if mark == TRASH or _finished_bytes(partial) < LONGEST_FIRST_LINE:
+                fs.remove(partial)
+            else:
+                # No process has the number 0.
+                partial.rename(partial.with_name(f"{head}{PART}{replace(this_process(), pid=0, start_ticks=0)}"))
+
+
+def _temporaries(root: Path, kind: str) -> list[Path]:
+    with contextlib.suppress(OSError):
+        return [path for path in (root / kind).iterdir() if path.name.startswith(".")]
+    return []
 
 
 def write_finished(folder: Path, segment_bytes: int, finished: dict[int, str]) -> None:
