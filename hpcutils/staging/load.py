@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -130,11 +131,13 @@ class Loader:
         expected = segment.digest or self._finished.get(segment.number)
         if self._here is None or segment.number not in self._finished:
             return None
-        try:
+        with contextlib.suppress(DataError):
             _fill(self._here, segment, data)
-        except DataError:
-            return None
-        return expected if digest_of(data) == expected else None
+            if digest_of(data) == expected:
+                return expected
+        # Rotten since it was proved: it comes from the origin, and is written once more.
+        del self._finished[segment.number]
+        return None
 
     def _from_origin(self, segment: Segment, data: memoryview) -> str:
         for attempt in range(1, TRIES + 1):

@@ -67,7 +67,6 @@ class Move:
         except HpcutilsError:
             if follower is not None:
                 follower.stop()
-            store.give_up(self.place)
             raise
 
     def _follower(self) -> Follower | None:

@@ -17,7 +17,7 @@ from hpcutils.staging.download import Patience
 from hpcutils.staging.segments import Piece
 from hpcutils.staging.sources import Broken, Resume, Source, shown
 
-SKIP_BYTES = 1 << 20
+STEP_BYTES = 1 << 20
 WEB = ("http", "https")
 
 
@@ -143,7 +143,8 @@ class WebOrigin:
         done = failures = 0
         while done < len(buffer):
             try:
-                count = self._at(piece, piece.offset + done).read_into(buffer[done:])
+                # In small steps: a connection that breaks loses what it was about to give.
+                count = self._at(piece, piece.offset + done).read_into(buffer[done : done + STEP_BYTES])
                 if count == 0:
                     raise Broken(f"the server stopped at byte {self._position} of {piece.file_bytes}")
                 done, failures, self._position = done + count, 0, self._position + count
@@ -200,7 +201,7 @@ class WebOrigin:
 
     def _skip(self, offset: int) -> None:
         """Read up to `offset` from a server that knows no ranges."""
-        scratch = memoryview(bytearray(SKIP_BYTES))
+        scratch = memoryview(bytearray(STEP_BYTES))
         while self._source is not None and self._position < offset:
             count = self._source.read_into(scratch[: offset - self._position])
             if count == 0:
@@ -221,6 +222,7 @@ class WebOrigin:
 
     def knows_ranges(self, path: str, total_bytes: int) -> bool:
         """Say whether parts of the file can be had: else one reads it all."""
+        self.size_bytes(path)
         if self._validator is None or total_bytes < 2:
             return False
         with contextlib.suppress(Broken):

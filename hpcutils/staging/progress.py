@@ -55,11 +55,14 @@ class _Shown:
         raise NotImplementedError
 
     def state(self) -> str:
-        """Return `12.0 of 34.5 MiB (35%), 6.7 MiB/s`."""
+        """Return `12.0 of 34.5 MiB (35%), 6.7 MiB/s, 3 s left`."""
         elapsed_s = max(time.monotonic() - self.started_s, 1e-6)
         total = "" if self.total_bytes is None else f" of {self.total_bytes / MIB:.1f}"
         share = f" ({100 * self.done_bytes // self.total_bytes}%)" if self.total_bytes else ""
-        return f"{self.done_bytes / MIB:.1f}{total} MiB{share}, {self.done_bytes / MIB / elapsed_s:.1f} MiB/s"
+        rate = self.done_bytes / elapsed_s
+        left_s = ((self.total_bytes or 0) - self.done_bytes) / rate if rate else 0.0
+        left = f", {left_s:.0f} s left" if left_s > 0 else ""
+        return f"{self.done_bytes / MIB:.1f}{total} MiB{share}, {rate / MIB:.1f} MiB/s{left}"
 
 
 class Lines(_Shown):

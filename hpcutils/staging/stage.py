@@ -9,10 +9,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcutils.errors import DataError
+from hpcutils import fs
+from hpcutils.errors import DataError, HpcutilsError
 from hpcutils.log import LOGGER
 from hpcutils.staging import cache, store
 from hpcutils.staging.dataset import Dataset, dataset_of_file, dataset_of_manifest
+from hpcutils.staging.download import fetch
 from hpcutils.staging.leaders import Leaders
 from hpcutils.staging.look import Looked, look, place_of, plan_dataset
 from hpcutils.staging.manifest import read_manifest
@@ -98,7 +100,9 @@ class Outcome:
         return {name: getattr(self, name) for name in names} | {"seconds": round(self.seconds, 3)}
 
 
-def stage_dataset(dataset: Dataset, base: str, settings: Settings, leaders: Leaders, *, single: bool = False) -> Outcome:
+def stage_dataset(
+    dataset: Dataset, base: str, settings: Settings, leaders: Leaders, *, single: bool = False, whole: bool = False
+) -> Outcome:
     """Have `dataset` on every node; each leader calls it with the same arguments.
 
     Args:
@@ -107,6 +111,7 @@ def stage_dataset(dataset: Dataset, base: str, settings: Settings, leaders: Lead
         settings: Where to, and how.
         leaders: One rank of each node.
         single: See `base`.
+        whole: The first leader reads it all.
 
     Raises:
         DataError: The source cannot be read, or a node has no room. On every leader.
@@ -114,24 +119,32 @@ def stage_dataset(dataset: Dataset, base: str, settings: Settings, leaders: Lead
     """
     started_s = time.monotonic()
     place = place_of(dataset, settings.root)
-    looked, _ = leaders.together(lambda: _prepare(dataset, place, settings))
-    haves = leaders.gather(None if looked.facts.state == "present" else looked.facts.have)
-    if all(have is None for have in haves):
-        LOGGER.info("%s: on %s already", dataset.name, "this node" if leaders.size == 1 else f"all {leaders.size} nodes")
-        head = store.read_head(place.entry)
-        assert head is not None
-        return Outcome(place.files, head.digest, dataset.size_bytes, 0, 0, time.monotonic() - started_s, leaders.size, 0)
-    origin = origin_of(base, bounded=leaders.size > 1, single=single)
-    divisible = leaders.size == 1 or leaders.together(lambda: _is_divisible(origin, dataset, leaders))
-    move = Move(dataset, place, looked, origin, leaders, plan_rounds(dataset.segment_count, haves, divisible=divisible))
-    digest = move.run(started_s)
+    try:
+        looked, _ = leaders.together(lambda: _prepare(dataset, place, settings))
+        haves = leaders.gather(None if looked.facts.state == "present" else looked.facts.have)
+        if all(have is None for have in haves):
+            return _already(dataset, place, started_s, leaders)
+        origin = origin_of(base, bounded=leaders.size > 1, single=single)
+        divisible = not whole and _is_divisible(origin, dataset, leaders)
+        move = Move(dataset, place, looked, origin, leaders, plan_rounds(dataset.segment_count, haves, divisible=divisible))
+        digest = move.run(started_s)
+    except HpcutilsError:
+        store.give_up(place)
+        raise
     totals = [sum(column) for column in zip(*leaders.gather(move.counts()), strict=True)]
-    outcome = Outcome(
-        place.files, digest, dataset.size_bytes, totals[0], totals[1], time.monotonic() - started_s, leaders.size, totals[2]
-    )
+    seconds = time.monotonic() - started_s
+    outcome = Outcome(place.files, digest, dataset.size_bytes, totals[0], totals[1], seconds, leaders.size, totals[2])
     if leaders.rank == 0:
         LOGGER.info("%s", summary(dataset.name, outcome))
     return outcome
+
+
+def _already(dataset: Dataset, place: Place, started_s: float, leaders: Leaders) -> Outcome:
+    head = store.read_head(place.entry)
+    if head is None:
+        raise DataError(f"{place.entry} was removed while the job started", "submit it again")
+    LOGGER.info("%s: on %s already", head.name, "this node" if leaders.size == 1 else f"all {leaders.size} nodes")
+    return Outcome(place.files, head.digest, head.size_bytes, 0, 0, time.monotonic() - started_s, leaders.size, 0)
 
 
 def summary(name: str, outcome: Outcome) -> str:
@@ -163,11 +176,11 @@ def _prepare(dataset: Dataset, place: Place, settings: Settings) -> tuple[Looked
 
 
 def _is_divisible(origin: Origin, dataset: Dataset, leaders: Leaders) -> bool:
-    if not isinstance(origin, WebOrigin) or dataset.entry is None:
+    """Say whether each leader can read its part: a web server may know no ranges."""
+    entry = dataset.entry
+    if leaders.size == 1 or not isinstance(origin, WebOrigin) or entry is None:
         return True
-    if leaders.rank == 0:
-        origin.size_bytes(dataset.entry.path)
-    return leaders.rank > 0 or origin.knows_ranges(dataset.entry.path, dataset.size_bytes)
+    return leaders.gather(leaders.together(lambda: leaders.rank > 0 or origin.knows_ranges(entry.path, entry.size_bytes)))[0]
 
 
 def stage_manifest(path: Path, source: str | None, settings: Settings, leaders: Leaders) -> Outcome:
@@ -190,37 +203,54 @@ def stage_item(item: Item, settings: Settings, leaders: Leaders) -> Outcome:
     """Have one file on every node. A file with a digest that all nodes have is not asked for at its source."""
     started_s = time.monotonic()
     if item.sha256 is not None:
-        place = place_of(dataset_of_file(item.name, 0, item.sha256), settings.root)
-        heads = leaders.gather(_warm(place, settings.verify))
-        if (head := heads[leaders.rank]) is not None and None not in heads:
-            LOGGER.info("%s: on this node already", item.name)
-            return Outcome(place.files, head.digest, head.size_bytes, 0, 0, time.monotonic() - started_s, leaders.size, 0)
+        dataset = dataset_of_file(item.name, 0, item.sha256)
+        place = place_of(dataset, settings.root)
+        if None not in leaders.gather(leaders.together(lambda: _warm(place, settings.verify))):
+            return _already(dataset, place, started_s, leaders)
     facts = leaders.together(lambda: facts_of(item) if leaders.rank == 0 else (0, ""))
     size_bytes, identity = leaders.gather(facts)[0]
+    if size_bytes is None:
+        return _download_first(item, settings, leaders)
     dataset = dataset_of_file(item.name, size_bytes, item.sha256, identity, leaders.size)
     return stage_dataset(dataset, item.origin, settings, leaders, single=True)
+
+
+def _download_first(item: Item, settings: Settings, leaders: Leaders) -> Outcome:
+    """Have a file whose server does not say how long it is: the first leader fetches it, and all go on from there."""
+    # Trash from the beginning: when this process is killed, the next one sweeps it.
+    folder = Place(settings.root, "stat", "download").temporary(store.TRASH)
+
+    def get() -> int:
+        if leaders.rank > 0:
+            return 0
+        store.open_root(settings.root)
+        return fetch(item.origin, folder / item.name, digest=item.sha256).bytes_moved
+
+    try:
+        size_bytes = leaders.gather(leaders.together(get))[0]
+        dataset = dataset_of_file(item.name, size_bytes, item.sha256, item.origin, leaders.size)
+        return stage_dataset(dataset, str(folder / item.name), settings, leaders, single=True, whole=True)
+    finally:
+        fs.remove(folder)
 
 
 def _warm(place: Place, verify: bool) -> Head | None:
     """Pin a dataset, and return its head if it is complete."""
     if not place.entry.is_dir():
         return None
-    cache.pin(place)
+    with disk_errors(place):
+        cache.pin(place)
     if not store.is_intact(place.entry) or (verify and cache.wrong_files(place.entry)):
         return None
     cache.touch(place)
     return store.read_head(place.entry)
 
 
-def facts_of(item: Item) -> tuple[int, str]:
-    """Return a file's length, and what it is known by where no digest says more."""
+def facts_of(item: Item) -> tuple[int | None, str]:
+    """Return a file's length (`None` where the server does not say), and what it is known by where no digest says more."""
     origin = origin_of(item.origin, single=True)
     size_bytes = origin.size_bytes(item.name)
     origin.close()
-    if size_bytes is None:
-        raise DataError(
-            f"{origin.where(item.name)}: the server does not say how long the file is", "put the file where it has a length"
-        )
     changed = Path(item.origin).stat().st_mtime_ns if item.origin.startswith("/") else 0
     return size_bytes, f"{item.origin}\0{size_bytes}\0{changed}"
 

@@ -57,5 +57,5 @@ def datasets_of(job: Job, job_folder: Path) -> list[Dataset]:
     datasets = [] if manifest is None else [dataset_of_manifest(read_manifest(manifest))]
     for item in (item_of(file, job_folder) for file in job.data.files if file.name not in listed):
         size_bytes, identity = facts_of(item)
-        datasets.append(dataset_of_file(item.name, size_bytes, item.sha256, identity))
+        datasets.append(dataset_of_file(item.name, size_bytes or 0, item.sha256, identity))
     return datasets

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from servers import Site, answers, breaks_after, ignores_range, serving
+from servers import Site, answers, breaks_after, chunked, ignores_range, serving
 from staging_samples import SEGMENT, left_in, make_set, stage_set, tree_of
 
 from hpcutils.errors import DataError, IntegrityError, SpecError
@@ -257,6 +257,15 @@ KNOWN = hashlib.sha256(BODY).hexdigest()
 def test_a_bad_web_server(tmp_path, site: Site, quirks):
     url = site.put("/x", BODY, *quirks)
     assert stage(Item("x", url, KNOWN), tmp_path / "cache").path.read_bytes() == BODY
+
+
+def test_a_web_server_that_does_not_say_how_long_the_file_is(tmp_path, site: Site):
+    site.repeat_last = True
+    item = Item("x", site.put("/x", BODY, chunked()), KNOWN)
+    assert stage(item, tmp_path / "cache").path.read_bytes() == BODY
+    count = len(site.seen)
+    assert stage(item, tmp_path / "cache").path.read_bytes() == BODY
+    assert len(site.seen) == count
 
 
 def test_a_web_server_that_says_no(tmp_path, site: Site):
