@@ -45,8 +45,9 @@ def free_bytes(root: Path) -> int:
     return shutil.disk_usage(root).free
 
 
-# Pins. A job pins a dataset before it looks whether it is there; who evicts takes the dataset's name away before it looks at the
-# pins, and gives it back if there is one. Whichever way the two meet, no job loses what it found.
+# Pins. A job pins a dataset before it looks for the dataset's marker; who evicts takes the marker away before looking at the pins
+# once more, and gives it back if there is one. Either the job finds no marker, or who evicts finds the pin: files that a job
+# found are not touched, not even for a moment.
 
 
 def pin(place: Place) -> Path:
@@ -82,12 +83,8 @@ def pins_of(place: Place) -> tuple[str, ...]:
 
 def kept_in(root: Path) -> list[Kept]:
     """Return the complete datasets of a cache, least recently used first."""
-    found = []
-    for kind in KINDS:
-        with contextlib.suppress(FileNotFoundError):
-            for entry in sorted((root / kind).iterdir()):
-                kept = None if entry.name.startswith(".") else _kept(Place(root, kind, entry.name))
-                found += [] if kept is None else [kept]
+    kept = (_kept(place) for kind in KINDS for place in _places(root, kind))
+    found = [each for each in kept if each is not None]
     return sorted(found, key=lambda kept: kept.used_s)
 
 
@@ -110,22 +107,19 @@ def evict(place: Place) -> bool:
     """Remove a dataset, unless a running job pins it; says whether it went."""
     if pins_of(place):
         return False
-    trash = place.temporary(store.TRASH)
-    try:
-        place.entry.rename(trash)
-    except FileNotFoundError:
-        return False
+    marker = place.entry / MARKER
+    aside = place.entry / f"{MARKER}{store.TRASH}{this_process()}"
+    with contextlib.suppress(FileNotFoundError):
+        marker.rename(aside)
     if pins_of(place):
-        # A job came meanwhile: it may have found the dataset, or may be making it anew.
-        with contextlib.suppress(OSError):
-            trash.rename(place.entry)
-            return False
-    fs.remove(trash)
-    return True
+        with contextlib.suppress(FileNotFoundError):
+            aside.rename(marker)
+        return False
+    return store.discard(place.entry, place)
 
 
 def sweep(root: Path) -> int:
-    """Remove trash that killed processes left, and pins of dead ones; returns the number of folders removed.
+    """Remove trash, and datasets without a marker, that killed processes left; returns the number of folders removed.
 
     Partials stay: the next job that wants them takes them up.
     """
@@ -135,7 +129,14 @@ def sweep(root: Path) -> int:
             if store.TRASH in left.name:
                 fs.remove(left)
                 count += 1
+        count += sum(evict(place) for place in _places(root, kind) if not (place.entry / MARKER).exists())
     return count
+
+
+def _places(root: Path, kind: str) -> list[Place]:
+    with contextlib.suppress(FileNotFoundError):
+        return [Place(root, kind, entry.name) for entry in sorted((root / kind).iterdir()) if not entry.name.startswith(".")]
+    return []
 
 
 def make_room(root: Path, which: Iterable[Kept]) -> None:

@@ -20,6 +20,7 @@ import errno
 import json
 import os
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ FILES, SEGMENTS, LIST, MARKER = "files", "segments", "manifest.jsonl", "complete
 KINDS = ("manifest", "sha256", "stat")
 PART, TRASH = ".part-", ".trash-"
 PINS = "pins"
+LOOKS, LOOK_AGAIN_S = 3, 0.02
 # Up to so many files are flushed one by one; more, with the whole file system in one call.
 FLUSH_EACH = 64
 # A sidecar of this size or more lists at least one segment.
@@ -145,7 +147,14 @@ def read_head(entry: Path) -> Head | None:
 
 
 def is_intact(entry: Path) -> bool:
-    """Say whether every file has the size and time that the marker tells, and none is missing or too many."""
+    """Say whether every file has the size and time that the marker tells, and none is missing or too many.
+
+    A marker that is not there may be back in a moment: somebody who evicts took it away to look at the pins.
+    """
+    for _ in range(LOOKS):
+        if (entry / MARKER).exists() or not entry.is_dir():
+            break
+        time.sleep(LOOK_AGAIN_S)
     try:
         with (entry / MARKER).open(encoding="ascii") as stream:
             next(stream)
@@ -292,12 +301,15 @@ def prune(partial: Path, names: Iterable[str]) -> None:
             here.rmdir()
 
 
-def discard(folder: Path, place: Place) -> None:
-    """Remove a folder: its name goes at once, its content after."""
+def discard(folder: Path, place: Place) -> bool:
+    """Remove a folder: its name goes at once, its content after; says whether it was there."""
     trash = place.temporary(TRASH)
-    with contextlib.suppress(FileNotFoundError):
+    try:
         folder.rename(trash)
-        fs.remove(trash)
+    except FileNotFoundError:
+        return False
+    fs.remove(trash)
+    return True
 
 
 def give_up(place: Place) -> None:

@@ -105,33 +105,37 @@ def test_a_process_pins_once(tmp_path):
     assert len(cache.pins_of(place)) == 1
 
 
-def test_a_pin_that_comes_between_look_and_removal_is_honoured(tmp_path, monkeypatch):
+def test_a_pin_that_comes_after_the_first_look_is_honoured(tmp_path, monkeypatch):
     place = staged(tmp_path, "old", tmp_path / "cache", 1000)
-    rename = Path.rename
+    looks, pins_of = [], cache.pins_of
 
-    def pinned_meanwhile(path: Path, target: Path) -> Path:
-        moved = rename(path, target)
-        if path == place.entry:
+    def pinned_meanwhile(where: Place) -> tuple[str, ...]:
+        found = pins_of(where)
+        if not looks:
+            # The job finds the dataset, which it pinned: from here on its files must stay where they are.
             cache.pin(place)
-        return moved
+            assert store.is_intact(place.entry)
+        looks.append((place.files / "data").stat().st_ino)
+        return found
 
-    monkeypatch.setattr(Path, "rename", pinned_meanwhile)
+    monkeypatch.setattr(cache, "pins_of", pinned_meanwhile)
     assert not cache.evict(place)
+    assert len(looks) == 2
     assert store.is_intact(place.entry)
 
 
 def test_staging_and_evicting_at_once_never_leaves_half(tmp_path):
     source, manifest = make_set(tmp_path)
-    root = tmp_path / "cache"
+    root, wanted = tmp_path / "cache", tree_of(source)
     stage_set(manifest, source, root)
     place = place_of(dataset_of_manifest(read_manifest(manifest)), root)
     cache.unpin(place)
-    stop = threading.Event()
-    went = []
+    stop, went = threading.Event(), threading.Event()
 
     def evict_again_and_again() -> None:
         while not stop.is_set():
-            went.append(cache.evict(place))
+            if cache.evict(place):
+                went.set()
 
     thread = threading.Thread(target=evict_again_and_again)
     thread.start()
@@ -139,12 +143,21 @@ def test_staging_and_evicting_at_once_never_leaves_half(tmp_path):
         for _ in range(5):
             files = stage_set(manifest, source, root).files
             # Pinned by this process now: nobody takes it away while it is read.
-            assert tree_of(files) == tree_of(source)
+            assert tree_of(files) == wanted
+            went.clear()
             cache.unpin(place)
+            assert went.wait(30)
     finally:
         stop.set()
         thread.join()
-    assert any(went)
+
+
+def test_who_evicts_and_is_killed_leaves_nothing_for_long(tmp_path):
+    place = staged(tmp_path, "old", tmp_path / "cache", 1000)
+    (place.entry / MARKER).rename(place.entry / f"{MARKER}{store.TRASH}{dead_owner()}")
+    assert cache.kept_in(place.root) == []
+    assert cache.sweep(place.root) == 1
+    assert not place.entry.exists()
 
 
 def test_trash_of_killed_processes_is_swept(tmp_path):
