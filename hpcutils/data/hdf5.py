@@ -170,6 +170,24 @@ class HDF5Matrix:
             raise IndexError(f"read_rows takes a 1-D array of integers, got shape {rows.shape}, type {rows.dtype}")
         return self._fetch(plan_key(rows.astype(np.intp), self.shape).rows)
 
+    def read_into(self, first: int, out: NDArray[Any]) -> int:
+        """Fill `out` with neighbouring rows as the file has them: no normalizer, no cache, in this thread.
+
+        Args:
+            first: The first row, from 0.
+            out: `(n, *row shape)` of the dataset's own type, C-contiguous.
+
+        Returns:
+            How many chunks were fetched for it.
+
+        Raises:
+            IndexError: The rows are not all there, or `out` does not fit.
+            DataError: The file cannot be read.
+        """
+        if not 0 <= first <= first + len(out) <= len(self) or (out.shape[1:], out.dtype) != self._file_rows:
+            raise IndexError(f"{len(out)} rows from {first} on into {out.shape} {out.dtype}: {self!r} has rows {self._file_rows}")
+        return self._reader().read_into(self.start + first, out)
+
     @property
     def __array__(self) -> Callable[..., NDArray[Any]]:
         """numpy's protocol: copies all rows into memory, with a `CopyWarning` that says how much.

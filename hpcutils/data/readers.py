@@ -21,7 +21,17 @@ import numpy as np
 from h5py._objects import phil
 from numpy.typing import NDArray
 
-from hpcutils.data.chunks import CACHE, CACHE_LEAST_BYTES, KNOWN_PIPELINES, SHUFFLE, WORKERS, Inflated, take_rows, undo_filters
+from hpcutils.data.chunks import (
+    CACHE,
+    CACHE_LEAST_BYTES,
+    KNOWN_PIPELINES,
+    SHUFFLE,
+    WORKERS,
+    Inflated,
+    copy_rows,
+    take_rows,
+    undo_filters,
+)
 from hpcutils.data.keys import Group, Rows, group_rows, split_runs
 from hpcutils.errors import DataError
 
@@ -47,6 +57,9 @@ class Reader(Protocol):
 
     def read(self, rows: Rows) -> NDArray[Any]:
         """Return `(len(rows), *shape[1:])`; rows lie in range, in any order, and may repeat."""
+
+    def read_into(self, first: int, out: NDArray[Any]) -> int:
+        """Fill `out`, `(rows, *shape[1:])`, from row `first` on, in this thread and past the cache; return the chunks fetched."""
 
 
 def choose_reader(file: h5py.File, dataset: h5py.Dataset, token: Token) -> Reader:
@@ -93,13 +106,23 @@ class ChunkReader:
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
         if out.size == 0:
             return out
-        # Where the chunks start along the axes after the first: one column when a chunk holds whole rows.
-        columns = list(itertools.product(*(range(0, n, c) for n, c in zip(self.shape[1:], self._chunks[1:], strict=True))))
-        jobs = [(out, group, column) for group in group_rows(rows, self.block_rows) for column in columns]
+        jobs = self._jobs(out, rows)
         # Chunks in the cache take a few microseconds each: only the others are worth a thread.
         for _ in WORKERS.map(self._place, [job for job in jobs if not self._place_cached(job)]):
             pass
         return out
+
+    def read_into(self, first: int, out: NDArray[Any]) -> int:
+        """Fill `out` from row `first` on; return the chunks fetched."""
+        jobs = self._jobs(out, range(first, first + len(out)))
+        for job in jobs:
+            self._copy(self._fetch(self._start(job)), job)
+        return len(jobs)
+
+    def _jobs(self, out: NDArray[Any], rows: Rows) -> list[Job]:
+        # Where the chunks start along the axes after the first: one column when a chunk holds whole rows.
+        columns = list(itertools.product(*(range(0, n, c) for n, c in zip(self.shape[1:], self._chunks[1:], strict=True))))
+        return [(out, group, column) for group in group_rows(rows, self.block_rows) for column in columns]
 
     def _place_cached(self, job: Job) -> bool:
         """Put one chunk's rows in place if the cache has the chunk."""
@@ -111,34 +134,42 @@ class ChunkReader:
     def _place(self, job: Job) -> None:
         """Fetch a chunk, put its wanted rows in place, and keep it when it has more rows than those."""
         start = self._start(job)
-        try:
-            with phil:  # h5py before 3.16 forgets its own lock here (h5py#2764): two threads crash the process
-                mask, stored = self._dataset.id.read_direct_chunk(start)
-        except (OSError, RuntimeError):
-            # A chunk that was never written has no bytes to give; HDF5 itself makes up its fill values, or explains.
-            self._copy(None, job)
-            return
-        with _at(self._dataset, start):
-            chunk = undo_filters(stored, self._pipeline, mask, self._size_bytes)
+        chunk = self._fetch(start)
         self._copy(chunk, job)
+        if chunk is None:
+            return
         wanted = job[1].local
         whole = isinstance(wanted, slice) and wanted == slice(0, min(self.block_rows, self.shape[0] - start[0]))
         if not whole:
             CACHE.put((self._token, start), chunk, self._size_bytes)
 
+    def _fetch(self, start: tuple[int, ...]) -> Inflated | None:
+        """Return a chunk with its filters undone; `None` where only HDF5 can make it."""
+        try:
+            with phil:  # h5py before 3.16 forgets its own lock here (h5py#2764): two threads crash the process
+                mask, stored = self._dataset.id.read_direct_chunk(start)
+        except (OSError, RuntimeError):
+            # A chunk that was never written has no bytes to give; HDF5 itself makes up its fill values, or explains.
+            return None
+        with _at(self._dataset, start):
+            return undo_filters(stored, self._pipeline, mask, self._size_bytes)
+
     def _copy(self, chunk: Inflated | None, job: Job) -> None:
         """Copy the wanted rows of one chunk to their places; `None` is a chunk that only HDF5 can make."""
         out, group, column = job
         sizes = [min(c, n - first) for first, n, c in zip(column, self.shape[1:], self._chunks[1:], strict=True)]
+        cells = tuple(slice(first, first + size) for first, size in zip(column, sizes, strict=True))
+        if chunk is not None and isinstance(group.local, slice) and isinstance(group.place, slice):
+            copy_rows(chunk, self._chunks, group.local, out[(group.place, *cells)])
+            return
         if chunk is not None:
             # (wanted rows, *chunk columns); a chunk at the border reaches past the data.
             rows = take_rows(chunk, self._chunks, self.dtype, group.local)[(slice(None), *map(slice, sizes))]
         else:
-            bounds = [slice(first, first + size) for first, size in zip(column, sizes, strict=True)]
             first_row = group.chunk * self.block_rows
             last_row = min(first_row + self.block_rows, self.shape[0])
-            rows = library_read(self._dataset, (slice(first_row, last_row), *bounds))[group.local]
-        out[(group.place, *(slice(first, first + size) for first, size in zip(column, sizes, strict=True)))] = rows
+            rows = library_read(self._dataset, (slice(first_row, last_row), *cells))[group.local]
+        out[(group.place, *cells)] = rows
 
     def _start(self, job: Job) -> tuple[int, ...]:
         _, group, column = job
@@ -178,6 +209,13 @@ class ContiguousReader:
             flat[order[low:high]] = piece[ordered[low:high] - first]
         return out
 
+    def read_into(self, first: int, out: NDArray[Any]) -> int:
+        """Fill `out` from row `first` on; return the pieces of `block_rows` that this touched."""
+        if out.size:
+            self._fill(out.view(np.uint8).reshape(len(out), -1), first)
+        pieces: int = -(-len(out) // self.block_rows)
+        return pieces
+
     def _fill(self, memory: NDArray[np.uint8], first_row: int) -> None:
         """Fill `memory` with the rows from `first_row` on."""
         place = self._offset_bytes + first_row * self._row_bytes
@@ -209,6 +247,11 @@ class LibraryReader:
         for group in group_rows(rows, self.block_rows):
             self._place(out, group)
         return out
+
+    def read_into(self, first: int, out: NDArray[Any]) -> int:
+        """Fill `out` from row `first` on; return the chunks that this touched."""
+        out[...] = library_read(self._dataset, slice(first, first + len(out)))
+        return (first + len(out) - 1) // self.block_rows - first // self.block_rows + 1 if len(out) else 0
 
     def _place(self, out: NDArray[Any], group: Group) -> None:
         first = group.chunk * self.block_rows
