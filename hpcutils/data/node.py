@@ -1,61 +1,41 @@
-"""Datasets that the ranks of a node read together: decoded once, into memory that they share.
+"""Datasets that fit into memory: decoded once by the ranks of a node together, and read by sample number.
 
-Each rank decodes its part of the rows into a window of shared memory (`MPI.Win.Allocate_shared`); after that every rank takes
-the samples that it needs from the window. A dataset too large for the window is read from the file by each rank for itself.
+Each rank decodes its part of the rows into memory that they share; after that every rank takes the samples that it needs from
+there. Without that, each rank reads its samples from the file for itself.
 """
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpcutils.data.room import usable_bytes
-from hpcutils.errors import DataError
+from hpcutils.data.shared import SharedMemory
 from hpcutils.log import LOGGER
 
 if TYPE_CHECKING:
     from hpcutils.data.hdf5 import HDF5Matrix
 
 BLOCK_BYTES = 64 << 20
-# The window may take this part of the memory that is free on the node when the job starts.
-WINDOW_SHARE = 0.25
-
-
-def free_memory_bytes() -> int:
-    """Return what a window could take: memory that the ranks may use, and no more than /dev/shm has room for."""
-    usable = usable_bytes()
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if usable is None else usable
-    shm = os.statvfs("/dev/shm") if Path("/dev/shm").is_dir() else None
-    return min(available, shm.f_bavail * shm.f_frsize) if shm is not None else available
 
 
 class NodeArray:
-    """Rows of an HDF5 dataset, shared by the ranks of a node.
+    """Rows of an HDF5 dataset, read by their numbers.
 
     Args:
-        matrix: The dataset; every rank of the node opens the same.
+        matrix: The dataset; every rank of the node opens the same. It has no normalizer.
         node: mpi4py communicator of the ranks on this node, or `None` for a world of one rank.
-        budget_bytes: The largest window; `None` takes a quarter of the node's free memory.
-
-    Attributes:
-        mode: `window` or `independent`: how rows are read.
+        in_memory: Decode all of it now, into memory that the ranks share. The same on every rank.
     """
 
-    def __init__(self, matrix: HDF5Matrix, node: Any = None, budget_bytes: int | None = None) -> None:
+    def __init__(self, matrix: HDF5Matrix, node: Any = None, in_memory: bool = True) -> None:
         self.matrix = matrix
-        self._node = node
-        self._window: Any = None
+        self._memory: SharedMemory | None = None
         self._rows: NDArray[Any] | None = None
-        size = int(matrix.size) * matrix.dtype.itemsize
-        fits = size <= (int(free_memory_bytes() * WINDOW_SHARE) if budget_bytes is None else budget_bytes)
-        # Free memory changes while ranks look at it: the node's first rank decides for all.
-        self.mode = "window" if (node.bcast(fits) if node is not None else fits) else "independent"
-        if self.mode == "window":
-            self._fill(size)
+        self.chunks_read = 0
+        if in_memory:
+            self._fill(node)
 
     def __len__(self) -> int:
         return len(self.matrix)
@@ -72,47 +52,32 @@ class NodeArray:
         return self._rows[rows]
 
     def close(self) -> None:
-        """Let go of the window; every rank of the node must call it, since MPI frees it together."""
+        """Let go of the memory; every rank of the node must call it, since MPI frees it together."""
         self._rows = None
-        if self._window is not None:
-            self._window.Free()
-            self._window = None
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
         self.matrix.close()
 
-    def _fill(self, size: int) -> None:
-        """Decode this rank's part of the rows into the window, block by block, and wait for the others."""
-        self._rows = self._allocate(size)
-        rank, ranks = (self._node.rank, self._node.size) if self._node is not None else (0, 1)
-        unit = self._unit_rows()
-        units = -(-len(self) // unit)
-        start, stop = (min(units * part // ranks * unit, len(self)) for part in (rank, rank + 1))
-        row_bytes = max(size // max(len(self), 1), 1)
-        block = max(BLOCK_BYTES // row_bytes // unit, 1) * unit
+    def _fill(self, node: Any) -> None:
+        """Decode this rank's part of the rows, block by block, and wait for the others."""
+        matrix = self.matrix
+        rank, ranks = (node.rank, node.size) if node is not None else (0, 1)
+        self._memory = SharedMemory(matrix.nbytes + 64, node)
+        self._rows = self._memory.array(self.shape, matrix.dtype)
+        start, stop = (_chunk_border(matrix, len(self) * part // ranks) for part in (rank, rank + 1))
+        block = max(BLOCK_BYTES // max(matrix.row_bytes, 1) // matrix.chunk_rows, 1) * matrix.chunk_rows
         for first in range(start, stop, block):
-            last = min(first + block, stop)
-            self._rows[first:last] = self.matrix[first:last]
-        if self._window is not None:
-            self._window.Fence()
-        LOGGER.debug("window of %d bytes filled: rows %d to %d", size, start, stop)
-
-    def _unit_rows(self) -> int:
-        """Return the rows of a chunk: parts end at chunk borders, so that no chunk is decoded by two ranks."""
-        chunks = getattr(self.matrix, "chunks", None)
-        return int(chunks[0]) if chunks else 1
-
-    def _allocate(self, size: int) -> NDArray[Any]:
-        if self._node is None or self._node.size == 1:
-            return np.empty(self.shape, self.matrix.dtype)
-        from mpi4py import MPI
-
-        itemsize = self.matrix.dtype.itemsize
-        self._window = MPI.Win.Allocate_shared(size if self._node.rank == 0 else 0, itemsize, comm=self._node)
-        self._window.Fence()
-        memory, _ = self._window.Shared_query(0)
-        return np.ndarray(self.shape, self.matrix.dtype, buffer=memory)
+            self._rows[first : min(first + block, stop)] = matrix[first : min(first + block, stop)]
+        self.chunks_read = -(-(stop - start) // matrix.chunk_rows)
+        self._memory.sync()
+        if node is not None:
+            node.Barrier()
+        self._memory.sync()
+        LOGGER.debug("%d bytes in memory: rows %d to %d are from this rank", matrix.nbytes, start, stop)
 
 
-def check_same_length(x: NodeArray, y: NodeArray) -> None:
-    """Raise `DataError` unless there is a label for every sample."""
-    if len(x) != len(y):
-        raise DataError(f"x has {len(x)} samples and y has {len(y)}", "both must come from the same split of the same data")
+def _chunk_border(matrix: HDF5Matrix, row: int) -> int:
+    """Return the next row that begins a chunk of the file, so that no chunk is decoded by two ranks."""
+    border = -(-(row + matrix.start) // matrix.chunk_rows) * matrix.chunk_rows - matrix.start
+    return min(max(border, 0) if row else 0, len(matrix))

@@ -2,64 +2,144 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpcutils.data.arrays import to_categorical
-from hpcutils.data.node import NodeArray
-from hpcutils.data.order import Certificate, Order
-from hpcutils.data.sequence import Sequence
+from hpcutils.data.order import Certificate, Cut, Epoch, Order
 
-Batch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
+Array = NDArray[Any]
+Batch = tuple[Array, Array, Array]
+
+# Batches that wait for the step, beside the one in its hands.
+AHEAD = 2
 
 
-class ShardedSequence(Sequence):
-    """A Keras data set of `(x, y, weight)` batches for one rank.
+class Source(Protocol):
+    """Where samples come from: the rows of x and y, read together."""
+
+    mode: str
+
+    def begin(self, epoch: int, first_step: int) -> None:
+        """Get ready to read an epoch from a step on; the ranks of a node call it together."""
+
+    def read(self, step: int, cut: Cut) -> tuple[Array, Array]:
+        """Return the rows of a cut, `(local_rows, ...)` each; steps are read in order."""
+
+    def example(self, rows: int) -> tuple[Array, Array]:
+        """Return the first sample `rows` times over, at any time."""
+
+    def chunks_read(self, epoch: int) -> int:
+        """Return how many chunks of x this rank fetched for an epoch."""
+
+    def close(self) -> None:
+        """Let go of memory and files; the ranks of a node call it together."""
+
+
+class Feed:
+    """The `(x, y, weight)` batches of one rank.
+
+    `dataset()` goes to `fit`. Keras looks at some batches before it trains, and may drop an iterator half used: whoever iterates
+    before `begin_epoch`, or goes on after the next one, never touches what belongs to the epoch.
 
     Args:
-        x: Samples `(N, ...)`.
-        y: Labels `(N, ...)`.
+        source: The samples.
         order: Which samples this rank takes at each step.
         normalizer: Applied to each x batch, `(rows, ...)` to `(rows, ...)`.
         classes: Turn integer labels into `(rows, classes)` float32, or `None`.
 
     Attributes:
-        certificate: Count, sum and xor of the samples handed out since `begin_epoch`.
+        certificate: Count, sum and xor of the samples that this rank's steps have used in this epoch.
+        first_step: The step that this epoch began with.
     """
-
-    # The order is the job's: Keras must not shuffle the steps again.
-    orders_itself = True
 
     def __init__(
         self,
-        x: NodeArray,
-        y: NodeArray,
+        source: Source,
         order: Order,
         normalizer: Callable[[Any], Any] | None = None,
         classes: int | None = None,
     ) -> None:
-        super().__init__()
-        self.x, self.y, self.order = x, y, order
+        self.source, self.order = source, order
         self.normalizer, self.classes = normalizer, classes
-        self.begin_epoch(0)
-
-    def begin_epoch(self, epoch: int) -> None:
-        """Take the order of `epoch` and start to count anew."""
-        self._permutation = self.order.permutation(epoch)
         self.certificate = Certificate()
+        self.first_step = 0
+        self._epoch: Epoch | None = None
+        # Of each batch that was made and not used yet: when it was ready, and the certificate with it.
+        self._made: deque[tuple[float, Certificate]] = deque()
 
     def __len__(self) -> int:
         return self.order.steps
 
-    def __getitem__(self, step: int) -> Batch:
-        """Return `(x, y, weight)` of global batch `step`, `order.local_rows` rows each."""
-        cut = self.order.cut(self._permutation, step)
-        self.certificate = self.certificate.add(cut.rows[: cut.real])
-        x, y = self.x.read_rows(cut.rows), self.y.read_rows(cut.rows)
+    def begin_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Take the order of `epoch` from `first_step` on, and start to count anew; all ranks call it together."""
+        self._epoch, self.first_step = None, first_step
+        self.source.begin(epoch, first_step)
+        self.certificate, self._made = Certificate(), deque()
+        self._epoch = self.order.epoch(epoch)
+
+    def used(self) -> float:
+        """Count the next batch as used by a step; return the clock (`time.perf_counter`) when it was ready."""
+        ready_at, self.certificate = self._made.popleft()
+        return ready_at
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the batches of the epoch that has begun; before the first one, examples of the same shapes."""
+        epoch, made, certificate = self._epoch, self._made, Certificate()
+        if epoch is None:
+            yield from [self.example()] * len(self)
+            return
+        for step in range(self.first_step, len(self)):
+            if self._epoch is not epoch:
+                return
+            batch, cut = self._make(epoch, step)
+            certificate = certificate.add(cut.rows[: cut.real])
+            made.append((time.perf_counter(), certificate))
+            yield batch
+
+    def dataset(self, first_step: int = 0) -> Any:
+        """Return a `tf.data.Dataset` whose iterators are `batches()`, made in the background while a step runs.
+
+        Args:
+            first_step: What the epochs of this data set begin with.
+        """
+        import tensorflow as tf
+
+        signature = tuple(tf.TensorSpec(array.shape, array.dtype) for array in self.example())
+        batches = tf.data.Dataset.from_generator(self.batches, output_signature=signature).prefetch(AHEAD)
+        # Keras takes a data set of unknown length for one that broke off, and warns of it after the first epoch.
+        return batches.apply(tf.data.experimental.assert_cardinality(len(self) - first_step))
+
+    def close(self) -> None:
+        """Let go of the data; all ranks call it together."""
+        self._epoch = None
+        self.source.close()
+
+    def example(self) -> Batch:
+        """Return a batch of the first sample, with weights of 0."""
+        x, y = self.source.example(self.order.local_rows)
+        return *self._finished(x, y), np.zeros(self.order.local_rows, np.float32)
+
+    def _make(self, epoch: Epoch, step: int) -> tuple[Batch, Cut]:
+        cut = epoch.cut(step)
+        x, y = self._finished(*self.source.read(step, cut))
+        return (x, y, cut.weights), cut
+
+    def _finished(self, x: Array, y: Array) -> tuple[Array, Array]:
         if self.normalizer is not None:
             x = self.normalizer(x)
         if self.classes is not None:
             y = to_categorical(y, self.classes)
-        return x, y, cut.weights
+        return _native(x), _native(y)
+
+
+def _native(array: Any) -> Array:
+    """Return the array in the machine's byte order, the only one that TensorFlow takes."""
+    array = np.asarray(array)
+    native: Array = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    return native

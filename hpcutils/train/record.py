@@ -13,20 +13,24 @@ from numpy.typing import NDArray
 
 from hpcutils import fs
 from hpcutils.data.order import Certificate, certificate_of
+from hpcutils.data.state import state_at
 from hpcutils.errors import EXIT_REQUEUE, DataError
 from hpcutils.log import LOGGER
 from hpcutils.rundir import RunDirectory
 from hpcutils.specs.job import Job
-from hpcutils.train.checkpoint import save_checkpoint
-from hpcutils.train.feed import ShardedSequence
+from hpcutils.train.checkpoint import Progress, save_checkpoint
+from hpcutils.train.feed import Feed
 from hpcutils.train.ranks import Ranks
 from hpcutils.train.steps import STEPS_PER_CALL, StepRunner
 
 Values: TypeAlias = NDArray[np.float64]
 
+# Seconds between two looks at whether to stop; an epoch shorter than that is run to its end.
+LOOK_S = 10.0
+
 
 class Tally:
-    """Metrics of one pass over a sequence, exact over all samples of all ranks.
+    """Metrics of one pass over a feed, exact over all samples of all ranks.
 
     Keras counts every step alike, also the last, smaller global batch, whose samples weigh more so that its gradient is a true
     mean. What the metrics held before that last step is remembered; so its share can be put right.
@@ -34,24 +38,32 @@ class Tally:
     Args:
         model: The compiled model.
         step: Its `train_step` or `test_step`.
-        sequence: What it runs over.
+        feed: What it runs over.
         ranks: Who else runs.
 
     Attributes:
         runner: What runs the steps.
+        wait_s: Seconds of this pass in which this rank's steps waited for their batches.
     """
 
-    def __init__(self, model: Any, step: Callable[[Any], Any], sequence: ShardedSequence, ranks: Ranks) -> None:
-        self.model, self.sequence, self.ranks = model, sequence, ranks
-        self.runner = StepRunner(model, step, sequence.order.steps, self._before_last_step)
+    def __init__(self, model: Any, step: Callable[[Any], Any], feed: Feed, ranks: Ranks) -> None:
+        self.model, self.feed, self.ranks = model, feed, ranks
+        self.runner = StepRunner(model, step, feed.order.steps, self._before_last_step, self._after_call)
         self._loss = next(metric for metric in model.metrics if metric.name == "loss")
         self._before: dict[int, Values] = {}
 
-    def begin(self, epoch: int) -> None:
-        """Start a pass."""
-        self.sequence.begin_epoch(epoch)
-        self.runner.begin()
-        self._before = {}
+    def begin(self, epoch: int, progress: Progress | None = None) -> None:
+        """Start a pass, or go on with one in its middle."""
+        state = progress.state if progress is not None else None
+        first_step = state.consumed // state.batch_size if state is not None else 0
+        self.feed.begin_epoch(epoch, first_step)
+        self.runner.begin(first_step)
+        self.wait_s, self._before = 0.0, {}
+        self._seen_before = state.seen if state is not None else Certificate()
+        self._sums_before = np.array(progress.sums) if progress is not None and progress.sums else np.zeros(())
+
+    def _after_call(self, started: float, ended: float, steps: int) -> None:
+        self.wait_s += waited_s(started, ended, [self.feed.used() for _ in range(steps)])
 
     def _before_last_step(self) -> None:
         self._before = {id(variable): values_of(variable) for variable in self.model.metrics_variables}
@@ -63,33 +75,47 @@ class Tally:
             DataError: The samples that the ranks took are not the dataset.
         """
         self._check_coverage()
-        loss = self._true_mean_loss()
-        variables = [variable for variable in self.model.metrics_variables if variable.dtype.startswith("float")]
-        # States of metrics (sums, counts, confusion counts) add up over samples and ranks; their results do not.
-        assign_flat(variables, self.ranks.sum(flat([self._by_sample(variable) for variable in variables])))
+        loss, *states = self.sums()
+        assign_flat(self._variables(), np.array(states))
         values = {name: float(value) for name, value in self.model.get_metrics_result().items()}
-        return values | {"loss": loss}
+        return values | {"loss": loss / self.feed.order.samples}
+
+    def sums(self) -> tuple[float, ...]:
+        """Return the loss summed over the samples so far, and all states of metrics, over all ranks."""
+        # States of metrics (sums, counts, confusion counts) add up over samples and ranks; their results do not.
+        own = [np.array([self._loss_sum() / self.ranks.world.world_size]), *map(self._by_sample, self._variables())]
+        return tuple((self.ranks.sum(flat(own)) + self._sums_before).tolist())
+
+    def seen(self) -> Certificate:
+        """Return the certificate of what the steps of all ranks have used in this epoch."""
+        seen = self._seen_before
+        for part in self.ranks.gather(self.feed.certificate):
+            seen = seen.join(part)
+        return seen
+
+    def _variables(self) -> list[Any]:
+        return [variable for variable in self.model.metrics_variables if variable.dtype.startswith("float")]
+
+    def _parts(self, variable: Any) -> tuple[Values, Values]:
+        """Return what full batches have added to a metric's state, and what the last one has."""
+        after = values_of(variable)
+        full = self._before.get(id(variable), after)
+        return full, after - full
 
     def _by_sample(self, variable: Any) -> Values:
         """Return a metric's state with every sample counted as 1, whatever it weighed in its batch."""
-        order, after = self.sequence.order, values_of(variable)
-        before = self._before.get(id(variable), np.zeros_like(after))
-        return before / order.weight(0) + (after - before) / order.weight(order.steps - 1)
+        order, (full, last) = self.feed.order, self._parts(variable)
+        return full / order.weight(0) + last / order.weight(order.steps - 1)
 
-    def _true_mean_loss(self) -> float:
-        """Return the mean loss over samples; each step's loss is the mean over ranks of what they saw."""
-        order = self.sequence.order
-        last, after = order.batch_samples(order.steps - 1), float(self._loss.total)
-        before = float(self._before.get(id(self._loss.total), np.zeros(())))
-        weight = float(self._loss.count) / order.steps
-        before, tail = self.ranks.sum(np.array([before, after - before]) / weight) / self.ranks.world.world_size
-        return float(before * order.batch_size + tail * last) / order.samples
+    def _loss_sum(self) -> float:
+        """Return the loss summed over samples; each step's loss is the mean over ranks of what they saw."""
+        order, (full, last) = self.feed.order, self._parts(self._loss.total)
+        weight = float(self._loss.count) / (self.runner.done - self.feed.first_step)
+        return float(full * order.batch_size + last * order.batch_samples(order.steps - 1)) / weight
 
     def _check_coverage(self) -> None:
-        seen = Certificate()
-        for part in self.ranks.gather(self.sequence.certificate):
-            seen = seen.join(part)
-        expected = certificate_of(self.sequence.order.samples)
+        seen = self.seen()
+        expected = certificate_of(self.feed.order.samples)
         if seen != expected:
             raise DataError(
                 f"the ranks took {seen.count} samples of {expected.count}, and not each exactly once",
@@ -108,6 +134,8 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         ranks: All ranks.
         training: The training data.
         validation: The held-out data, or `None`.
+        data: What names the data, for checkpoints.
+        progress: Where the run goes on.
     """
 
     def __init__(
@@ -117,12 +145,15 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         model: Any,
         template: Any,
         ranks: Ranks,
-        training: ShardedSequence,
-        validation: ShardedSequence | None,
+        training: Feed,
+        validation: Feed | None,
+        data: str,
+        progress: Progress,
     ) -> None:
         super().__init__()
         self.run, self.job, self.template, self.ranks = run, job, template, ranks
         self.training, self.validation = training, validation
+        self.data, self.progress = data, progress
         self.history: list[dict[str, Any]] = []
         self._train = Tally(model, model.train_step, training, ranks)
         # Before `fit` begins: it looks at both then.
@@ -133,15 +164,36 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
             model.test_function = self._held_out.runner
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._train.begin(epoch)
+        self._train.begin(epoch, self.progress if epoch == self.progress.epochs else None)
+        self._epoch, self._calls, self._next_look = epoch, 0, 1
         self._values: dict[str, float] = {}
         self._started = time.perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._calls += 1
+        if self._calls == self._next_look:
+            self._look_for_stop()
+
+    def _look_for_stop(self) -> None:
+        """Stop in the middle of a long epoch when that is asked for. Rank 0 looks, and says when to look again."""
+        now_s = time.perf_counter() - self._started
+        next_look = self._calls + min(max(1, int(LOOK_S * self._calls / now_s)), self._calls)
+        asked = now_s > LOOK_S and self.ranks.world.rank == 0 and self.run.stop.exists()
+        asked, self._next_look = self.ranks.broadcast((asked, next_look))
+        step, order = self._train.runner.done, self.training.order
+        if not asked or step >= order.steps:
+            return
+        average_state(self.template, self.ranks)
+        state, sums = state_at(order, self._epoch, step, self.data, self._train.seen()), self._train.sums()
+        if self.ranks.world.rank == 0:
+            save_checkpoint(self.template, self.run, state, self.job.checkpoints.keep, sums)
+        self._stop(f"after step {step} of epoch {self._epoch + 1}")
 
     def on_test_begin(self, logs: Any = None) -> None:
         # Keras clears the metrics right after this call.
         self._finish_training()
         if self._held_out is not None:
-            self._held_out.begin(0)
+            self._held_out.begin(self._epoch)
 
     def on_test_end(self, logs: Any = None) -> None:
         if self._held_out is not None:
@@ -158,14 +210,19 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         asked = self.ranks.broadcast(self.ranks.world.rank == 0 and self.run.stop.exists())
         stop = asked and done < self.job.training.epochs
         if self.ranks.world.rank == 0 and (stop or done % self.job.checkpoints.every_epochs == 0):
-            save_checkpoint(self.template, self.run, done, self.job.checkpoints.keep)
+            order = self.training.order
+            state = state_at(order, epoch, order.steps, self.data, Certificate())
+            save_checkpoint(self.template, self.run, state, self.job.checkpoints.keep)
         if stop:
-            LOGGER.warning("the time limit is near: stopping after epoch %d to be run again", done)
-            if self.ranks.world.rank == 0:
-                # Before the first rank goes: srun ends the others then, this one perhaps among them.
-                fs.write_text(self.run.stopped, f"{done}\n")
-            self.ranks.barrier()
-            raise SystemExit(EXIT_REQUEUE)
+            self._stop(f"after epoch {done}")
+
+    def _stop(self, when: str) -> None:
+        LOGGER.warning("the time limit is near: stopping %s to be run again", when)
+        if self.ranks.world.rank == 0:
+            # Before the first rank goes: srun ends the others then, this one perhaps among them.
+            fs.write_text(self.run.stopped, f"{when}\n")
+        self.ranks.barrier()
+        raise SystemExit(EXIT_REQUEUE)
 
     def _finish_training(self) -> None:
         self._seconds = time.perf_counter() - self._started
@@ -174,15 +231,17 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
 
     def _write(self, epoch: int) -> None:
         """Append the epoch's line, on rank 0."""
-        samples = self.training.order.samples
+        order = self.training.order
+        samples = order.samples - self.training.first_step * order.batch_size
         line = {
             "epoch": epoch + 1,
             **self._values,
-            "samples": samples,
-            "steps": self.training.order.steps,
+            "samples": order.samples,
+            "steps": order.steps,
             "coverage": "exact",
             "seconds": round(self._seconds, 4),
             "samples_per_s": round(samples / self._seconds, 1),
+            **self._data_facts(epoch),
         }
         self.history.append(line)
         if self.ranks.world.rank != 0:
@@ -190,7 +249,21 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         with self.run.metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
         values = "  ".join(f"{name} {value:.4f}" for name, value in self._values.items())
-        LOGGER.info("epoch %d/%d  %s  %.0f samples/s", epoch + 1, self.job.training.epochs, values, line["samples_per_s"])
+        LOGGER.info(
+            "epoch %d/%d  %s  %.0f samples/s  waited %.1f %%",
+            *(epoch + 1, self.job.training.epochs, values, line["samples_per_s"]),
+            100 * line["wait_s"] / self._seconds,
+        )
+
+    def _data_facts(self, epoch: int) -> dict[str, Any]:
+        """Return how x was read, how often its chunks were fetched over all ranks, and the longest wait of a rank for its data."""
+        source, layout = self.training.source, self.training.order.layout
+        chunks = sum(self.ranks.gather(source.chunks_read(epoch)))
+        return {
+            "read": source.mode,
+            "chunks_read": round(chunks / layout.chunks, 4),
+            "wait_s": round(max(self.ranks.gather(self._train.wait_s)), 4),
+        }
 
 
 def average_state(model: Any, ranks: Ranks) -> None:
@@ -198,6 +271,27 @@ def average_state(model: Any, ranks: Ranks) -> None:
     variables = [v for v in model.non_trainable_variables if v.dtype.startswith("float")]
     if ranks.comm is not None and variables:
         assign_flat(variables, ranks.sum(flat([values_of(v) for v in variables])) / ranks.world.world_size)
+
+
+def waited_s(started: float, ended: float, ready: list[float]) -> float:
+    """Return how long steps that ran one after the other waited for their batches.
+
+    A step begins when its batch is ready and the step before is over. Steps are taken to be alike long: as long as makes the last
+    one end when it did.
+
+    Args:
+        started: The clock when the first step could have begun.
+        ended: The clock when the last one was over.
+        ready: The clock when each batch was ready.
+    """
+    shortest, longest = 0.0, (ended - started) / len(ready)
+    for _ in range(30):
+        step_s = (shortest + longest) / 2
+        now = started
+        for clock in ready:
+            now = max(now, clock) + step_s
+        shortest, longest = (step_s, longest) if now < ended else (shortest, step_s)
+    return max(0.0, ended - started - longest * len(ready))
 
 
 def values_of(variable: Any) -> Values:

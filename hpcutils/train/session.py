@@ -6,6 +6,7 @@ TensorFlow and Keras are imported with this module: `train.main` has set the env
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,9 @@ import keras
 
 from hpcutils import fs
 from hpcutils.data.hdf5 import HDF5Matrix
-from hpcutils.data.node import NodeArray, check_same_length
 from hpcutils.data.order import Order
-from hpcutils.errors import DataError, HpcutilsError, JobFailedError, SpecError
+from hpcutils.data.quality import BADLY_MIXED, measure
+from hpcutils.errors import HpcutilsError, JobFailedError, SpecError
 from hpcutils.log import LOGGER
 from hpcutils.models.custom_objects import CustomObjectScope
 from hpcutils.models.plot import plot_model
@@ -28,12 +29,16 @@ from hpcutils.specs.job import Job
 from hpcutils.staging.stage import Staged
 from hpcutils.train.checkpoint import restore, save_model
 from hpcutils.train.distribute import Reducer, connect, distribute_optimizer
-from hpcutils.train.feed import ShardedSequence
+from hpcutils.train.feed import Feed
 from hpcutils.train.ranks import Ranks
+from hpcutils.train.reading import layout_of, open_source
 from hpcutils.train.record import Recorder, forget_epochs
 from hpcutils.train.usercode import load_function
 
 Normalizer = Callable[[Any], Any]
+
+# Labels larger than this (masks, pictures) are not looked at to see how well they mix.
+MOST_LABEL_BYTES = 4096
 
 
 def run(job: Job, run: RunDirectory, ranks: Ranks, staged: dict[str, Staged], device_names: list[str]) -> dict[str, Any]:
@@ -43,23 +48,21 @@ def run(job: Job, run: RunDirectory, ranks: Ranks, staged: dict[str, Staged], de
     with open_data(job, run, ranks, staged) as (training, validation), custom_objects(job, run.code):
         template = build_model(job, run.code)
         model, optimizer = prepare_model(template, job, device_names, reducer)
-        done = restore(template, optimizer, run)
+        # A shared file system may show a checkpoint to some ranks sooner than to others: rank 0's counts.
+        progress = ranks.broadcast(restore(template, optimizer, run))
+        data = name_data(job, staged)
+        first_step = progress.state.resume(training.order, data) if progress.state is not None else 0
         share_state(template, optimizer, reducer, ranks.world.rank)
-        kept = forget_epochs(run, done) if ranks.world.rank == 0 else []
+        kept = forget_epochs(run, progress.epochs) if ranks.world.rank == 0 else []
         if ranks.world.rank == 0:
             describe(template, run)
-            announce(job, ranks, training, len(device_names), reducer)
+            announce(job, ranks, len(device_names), reducer)
 
-        recorder = Recorder(run, job, model, template, ranks, training, validation)
-        model.fit(
-            training,
-            validation_data=validation,
-            initial_epoch=done,
-            epochs=job.training.epochs,
-            shuffle=False,
-            verbose=0,
-            callbacks=[recorder],
-        )
+        recorder = Recorder(run, job, model, template, ranks, training, validation, data, progress)
+        if first_step:
+            LOGGER.info("going on with step %d of epoch %d", first_step + 1, progress.epochs + 1)
+            fit(model, training, validation, range(progress.epochs, progress.epochs + 1), recorder, first_step)
+        fit(model, training, validation, range(progress.epochs + bool(first_step), job.training.epochs), recorder)
         digests = ranks.gather(digest := weights_digest(template))
         LOGGER.info("weights sha256 %s", digest)
         if ranks.world.rank == 0:
@@ -80,6 +83,27 @@ def run(job: Job, run: RunDirectory, ranks: Ranks, staged: dict[str, Staged], de
     }
 
 
+def fit(model: Any, training: Feed, validation: Feed | None, epochs: range, recorder: Recorder, first_step: int = 0) -> None:
+    """Train `epochs`, each from `first_step` on."""
+    if not epochs:
+        return
+    model.fit(
+        training.dataset(first_step),
+        validation_data=validation.dataset() if validation is not None else None,
+        initial_epoch=epochs.start,
+        epochs=epochs.stop,
+        shuffle=False,
+        verbose=0,
+        callbacks=[recorder],
+    )
+
+
+def name_data(job: Job, staged: dict[str, Staged]) -> str:
+    """Return what names the training data: a hash of its files' digests and of which part of them is used."""
+    facts = [sorted((name, file.sha256) for name, file in staged.items()), job.data.x, job.data.y, job.data.split.train]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
 @contextmanager
 def custom_objects(job: Job, code: Path) -> Iterator[None]:
     """Make the names in `model.custom_objects` known while the model is built, saved and loaded."""
@@ -89,43 +113,47 @@ def custom_objects(job: Job, code: Path) -> Iterator[None]:
 
 
 @contextmanager
-def open_data(
-    job: Job, run: RunDirectory, ranks: Ranks, staged: dict[str, Staged]
-) -> Iterator[tuple[ShardedSequence, ShardedSequence | None]]:
+def open_data(job: Job, run: RunDirectory, ranks: Ranks, staged: dict[str, Staged]) -> Iterator[tuple[Feed, Feed | None]]:
     """Yield this rank's training and held-out data; all ranks agree on both before the first step."""
     normalizer = load_function(job.data.normalizer, run.code) if job.data.normalizer is not None else None
-    open_arrays: list[NodeArray] = []
+    feeds: list[Feed] = []
 
-    def opened(part: tuple[int, int | None], shuffle: bool) -> ShardedSequence:
+    def opened(name: str, part: tuple[int, int | None], shuffle: bool) -> Feed:
         x, y = (ranks.together(lambda ref=ref: _open(job, staged, ref, part)) for ref in (job.data.x, job.data.y))  # type: ignore[misc]
-        arrays = [NodeArray(matrix, ranks.node_comm) for matrix in (x, y)]
-        open_arrays.extend(arrays)
-        check_same_length(*arrays)
-        order = Order(len(x), job.training.batch_size, ranks.world.world_size, ranks.world.rank, job.training.seed, shuffle)
-        _agree(order, arrays, ranks)
-        return ShardedSequence(arrays[0], arrays[1], order, normalizer, job.data.classes)
+        order = Order(layout_of(x), job.training.batch_size, seed=job.training.seed, shuffle=shuffle)
+        source, plan = open_source(x, y, order, ranks, job.data.read, job.training.epochs)
+        if ranks.world.rank == 0:
+            LOGGER.info("%s: %d samples, %d steps of %d, read: %s", name, len(x), order.steps, order.batch_size, plan)
+            look_at_mixing(order, y)
+        feeds.append(Feed(source, plan.order, normalizer, job.data.classes))
+        return feeds[-1]
 
     split = job.data.split
-    training = opened(split.train, shuffle=True)
-    validation = opened(split.validation, shuffle=False) if split.validation is not None else None
+    training = opened("training data", split.train, shuffle=True)
+    validation = opened("held-out data", split.validation, shuffle=False) if split.validation is not None else None
     yield training, validation
-    # Not in a `finally`: freeing a window is collective, and after an error the other ranks are not coming.
-    for array in open_arrays:
-        array.close()
+    # Not in a `finally`: giving shared memory back is collective, and after an error the other ranks are not coming.
+    for feed in feeds:
+        feed.close()
+
+
+def look_at_mixing(order: Order, labels: HDF5Matrix) -> None:
+    """Log how well the order mixes; warn where the file is sorted by label, and of what becomes of that."""
+    if not order.shuffle or labels.row_bytes > MOST_LABEL_BYTES or labels.dtype.kind not in "iufb":
+        return
+    quality = measure(order, labels.read_rows)
+    LOGGER.info("shuffle: %s", quality)
+    if quality.is_sorted:
+        LOGGER.warning(
+            "the samples are sorted by label: neighbours share theirs%s",
+            "; windows mix them too little, write the file in random order" if quality.mixing > BADLY_MIXED else "",
+        )
 
 
 def _open(job: Job, staged: dict[str, Staged], reference: str, part: tuple[int, int | None]) -> HDF5Matrix:
     file, dataset = job.data.locate(reference)
     start, end = part
     return HDF5Matrix(str(staged[file].path), dataset, start, end)
-
-
-def _agree(order: Order, arrays: list[NodeArray], ranks: Ranks) -> None:
-    """Compare the plan over ranks: a disagreement is an error here, and would be a hang later."""
-    plans = ranks.gather((order.digest(), [(array.shape, str(array.matrix.dtype)) for array in arrays]))
-    for rank, plan in enumerate(plans):
-        if plan != plans[0]:
-            raise DataError(f"rank {rank} plans {plan}, rank 0 plans {plans[0]}", "the nodes do not see the same data")
 
 
 def build_model(job: Job, code: Path) -> Any:
@@ -200,13 +228,12 @@ def share_state(template: Any, optimizer: Any, reducer: Reducer | None, rank: in
             variable.assign(variable + keras.ops.cast(rank, variable.dtype))
 
 
-def announce(job: Job, ranks: Ranks, training: ShardedSequence, devices: int, reducer: Reducer | None) -> None:
+def announce(job: Job, ranks: Ranks, devices: int, reducer: Reducer | None) -> None:
     """Log what is about to run."""
-    order, world = training.order, ranks.world
+    world = ranks.world
     LOGGER.info(
         "%s: %d ranks x %d devices, gradients by %s", job.name, world.world_size, devices, reducer.name if reducer else "none"
     )
-    LOGGER.info("%d samples, %d steps of %d an epoch, read by %s", order.samples, order.steps, order.batch_size, training.x.mode)
 
 
 def describe(template: Any, run: RunDirectory) -> None:

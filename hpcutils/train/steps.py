@@ -6,6 +6,7 @@ with jobs/digits, batch 32). Here a call runs up to `STEPS_PER_CALL` steps insid
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,10 +23,21 @@ class StepRunner:
         step: Its `train_step` or `test_step`.
         steps: Steps of one pass over the data.
         before_last: Called before the last step of each pass, when all others are done.
+        after: Called after each call with the clock (`time.perf_counter`) at its start and its end, and its number of steps.
+
+    Attributes:
+        done: Steps of this pass, those before its first included.
     """
 
-    def __init__(self, model: Any, step: Callable[[Any], Any], steps: int, before_last: Callable[[], None]) -> None:
-        self._model, self._steps, self._before_last = model, steps, before_last
+    def __init__(
+        self,
+        model: Any,
+        step: Callable[[Any], Any],
+        steps: int,
+        before_last: Callable[[], None],
+        after: Callable[[float, float, int], None],
+    ) -> None:
+        self._model, self._steps, self._before_last, self._after = model, steps, before_last, after
         step = tf.autograph.experimental.do_not_convert(step)
 
         @tf.function(reduce_retracing=True)  # type: ignore[untyped-decorator]
@@ -36,21 +48,24 @@ class StepRunner:
         self._run = run
         self.begin()
 
-    def begin(self) -> None:
-        """Start a pass."""
-        self._done = 0
+    def begin(self, first_step: int = 0) -> None:
+        """Start a pass, with its first step or a later one."""
+        self.done = first_step
 
     def __call__(self, iterator: Any) -> dict[str, Any]:
         """Run the next steps and return the metrics so far."""
-        stop = min(self._done + STEPS_PER_CALL, self._steps)
+        started, first = time.perf_counter(), self.done
+        stop = min(first + STEPS_PER_CALL, self._steps)
         if stop == self._steps:
             self._advance(iterator, stop - 1)
             self._before_last()
         self._advance(iterator, stop)
-        return dict(self._model.get_metrics_result())
+        results = dict(self._model.get_metrics_result())
+        self._after(started, time.perf_counter(), stop - first)
+        return results
 
     def _advance(self, iterator: Any, stop: int) -> None:
-        if stop > self._done:
+        if stop > self.done:
             # A tensor: a Python number would be compiled anew for each value.
-            self._run(iterator, tf.constant(stop - self._done))
-            self._done = stop
+            self._run(iterator, tf.constant(stop - self.done))
+            self.done = stop

@@ -1,55 +1,185 @@
-"""Sharding: every sample once, the same global batches for any world, the true mean."""
+"""The order: every sample once, the same global batches for any world, the true mean, any position at once."""
+
+import subprocess
+import sys
+from fractions import Fraction
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcutils.data.order import Certificate, Order, certificate_of
+from hpcutils.data.order import Certificate, Order, Seat, certificate_of
+from hpcutils.data.scramble import TABLE_SIZE, permute, table
+from hpcutils.data.shards import POOL_BYTES, SHARD_COUNTS, EpochOrder, Layout, node_rows, shard_count
+from hpcutils.errors import DataError
 
-SIZES = {"samples": st.integers(1, 200), "batch_size": st.integers(1, 64), "world_size": st.integers(1, 9)}
+# Rows so large that a window holds a chunk or two: datasets of 200 samples have windows, too.
+ROW_BYTES = (1, POOL_BYTES // 400, POOL_BYTES // 40)
 
 
-def orders(samples: int, batch_size: int, world_size: int, **more) -> list[Order]:
-    return [Order(samples, batch_size, world_size, rank, **more) for rank in range(world_size)]
+@st.composite
+def layouts(draw, most=200):
+    chunk_rows = draw(st.integers(1, 12))
+    first_rows = draw(st.integers(0, chunk_rows - 1))
+    return Layout(draw(st.integers(1, most)), chunk_rows, first_rows, draw(st.sampled_from(ROW_BYTES)))
 
 
-@given(**SIZES, seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 5))
-def test_every_sample_exactly_once(samples, batch_size, world_size, seed, epoch):
-    ranks = orders(samples, batch_size, world_size, seed=seed)
-    permutation = ranks[0].permutation(epoch)
-    cuts = [order.cut(permutation, step) for order in ranks for step in range(order.steps)]
-    taken = np.concatenate([cut.rows[: cut.real] for cut in cuts])
-    assert sorted(taken) == list(range(samples))
+@st.composite
+def worlds(draw, layout):
+    """All seats of a world of up to 9 ranks; by shards where their number allows it."""
+    ranks = draw(st.integers(1, 9))
+    nodes = draw(st.sampled_from([n for n in range(1, ranks + 1) if ranks % n == 0 and shard_count(layout) % n == 0]))
+    return [Seat(nodes, node, ranks // nodes, rank) for node in range(nodes) for rank in range(ranks // nodes)]
+
+
+@st.composite
+def plans(draw):
+    """Orders of all ranks, an epoch."""
+    layout = draw(layouts())
+    seed, batch = draw(st.integers(0, 2**32 - 1)), draw(st.integers(1, 64))
+    shuffle = draw(st.booleans())
+    ranks = draw(st.integers(1, 9))
+    seats = draw(worlds(layout)) if shuffle else [Seat(ranks=ranks, rank=rank) for rank in range(ranks)]
+    return [Order(layout, batch, seat, seed, shuffle) for seat in seats], draw(st.integers(0, 5))
+
+
+@given(plans())
+def test_every_sample_exactly_once_in_equal_steps(plan):
+    orders, number = plan
+    assert len({(order.steps, order.local_rows) for order in orders}) == 1
+    epochs = [order.epoch(number) for order in orders]
+    cuts = [epoch.cut(step) for epoch in epochs for step in range(epoch.order.steps)]
+    assert {len(cut.rows) for cut in cuts} == {orders[0].local_rows}
+    samples = orders[0].samples
+    assert sorted(np.concatenate([cut.rows[: cut.real] for cut in cuts])) == list(range(samples))
     certificate = Certificate()
     for cut in cuts:
         certificate = certificate.add(cut.rows[: cut.real])
     assert certificate == certificate_of(samples)
 
 
-@given(**SIZES)
-def test_global_batches_do_not_depend_on_the_world(samples, batch_size, world_size):
-    alone = Order(samples, batch_size, seed=3)
-    ranks = orders(samples, batch_size, world_size, seed=3)
-    permutation = alone.permutation(2)
-    for step in range(alone.steps):
-        cuts = [order.cut(order.permutation(2), step) for order in ranks]
-        assert {len(cut.rows) for cut in cuts} == {ranks[0].local_rows}
-        joined = np.concatenate([cut.rows[: cut.real] for cut in cuts])
-        expected = alone.cut(permutation, step)
-        np.testing.assert_array_equal(joined, expected.rows[: expected.real])
+@given(plans())
+def test_global_batches_do_not_depend_on_the_world(plan):
+    orders, number = plan
+    alone = Order(orders[0].layout, orders[0].batch_size, Seat(), orders[0].seed, orders[0].shuffle).epoch(number)
+    epochs = [order.epoch(number) for order in orders]
+    for step in range(alone.order.steps):
+        whole = alone.cut(step)
+        joined = np.concatenate([(cut := epoch.cut(step)).rows[: cut.real] for epoch in epochs])
+        assert sorted(joined) == sorted(whole.rows[: whole.real])
+        assert all(set(epoch.cut(step).rows) <= set(whole.rows[: whole.real]) for epoch in epochs), "padding is of the batch"
 
 
-@given(**SIZES)
-def test_the_mean_over_ranks_is_the_mean_over_samples(samples, batch_size, world_size):
-    values = np.random.default_rng(0).normal(size=samples)
-    ranks = orders(samples, batch_size, world_size)
-    permutation = ranks[0].permutation(0)
-    for step in range(ranks[0].steps):
-        cuts = [order.cut(permutation, step) for order in ranks]
+@given(plans())
+def test_the_mean_over_ranks_is_the_mean_over_samples(plan):
+    orders, number = plan
+    values = np.random.default_rng(0).normal(size=orders[0].samples)
+    epochs = [order.epoch(number) for order in orders]
+    alone = Order(orders[0].layout, orders[0].batch_size, Seat(), orders[0].seed, orders[0].shuffle).epoch(number)
+    for step in range(alone.order.steps):
         # What Keras computes on each rank: the weighted sum over the rows, divided by their number.
-        means = [float((values[cut.rows] * cut.weights).sum() / len(cut.rows)) for cut in cuts]
-        batch = permutation[step * batch_size : (step + 1) * batch_size]
-        np.testing.assert_allclose(np.mean(means), values[batch].mean(), rtol=1e-5, atol=1e-7)
+        means = [float((values[cut.rows] * cut.weights).mean()) for cut in (epoch.cut(step) for epoch in epochs)]
+        whole = alone.cut(step)
+        np.testing.assert_allclose(np.mean(means), values[whole.rows[: whole.real]].mean(), rtol=0, atol=1e-6)
+
+
+@given(plans())
+def test_a_node_takes_only_of_its_own_shards(plan):
+    for order in plan[0]:
+        epoch = order.epoch(plan[1])
+        for step in range(order.steps):
+            cut = epoch.cut(step)
+            assert not cut.from_node or set(cut.shards % order.seat.nodes) == {order.seat.node}
+            assert cut.from_node or cut.real == 0
+
+
+@given(layouts(), st.integers(0, 3), st.booleans(), st.data())
+def test_any_run_of_positions_is_reachable_directly(layout, number, shuffle, data):
+    whole = EpochOrder(layout, 5, number, shuffle).run(0, layout.samples)
+    start = data.draw(st.integers(0, layout.samples))
+    stop = data.draw(st.integers(start, layout.samples))
+    part = EpochOrder(layout, 5, number, shuffle).run(start, stop)
+    for name in ("rows", "shards", "windows", "places"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[start:stop])
+    if not shuffle:
+        np.testing.assert_array_equal(whole.rows, np.arange(layout.samples))
+
+
+@given(layouts(), st.integers(0, 3))
+def test_a_window_is_neighbouring_places_of_whole_chunks(layout, number):
+    order = EpochOrder(layout, 9, number)
+    run = order.run(0, layout.samples)
+    for shard in range(order.shards):
+        before = 0
+        for window in (order.window(shard, number) for number in range(order.window_count(shard))):
+            ours = (run.shards == shard) & (run.windows == window.number)
+            assert window.first == before
+            assert sorted(run.places[ours]) == list(range(window.rows))
+            chunks = [np.arange(start, start + size) for start, size in zip(window.starts, np.diff(window.offsets), strict=True)]
+            np.testing.assert_array_equal(np.concatenate(chunks)[run.places[ours]], run.rows[ours])
+            before += window.rows
+        assert before == order.sizes[shard]
+
+
+@given(layouts(most=60), st.integers(0, 3))
+def test_the_sequence_is_that_of_exact_times(layout, number):
+    """Against fractions: rounding never changes which of two samples of different times comes first."""
+    order = EpochOrder(layout, 2, number)
+    sizes = [int(size) for size in order.sizes]
+    exact = sorted(
+        (Fraction(2 * index * order.shards + 2 * shard + 1, 2 * order.shards * size), shard, index)
+        for shard, size in enumerate(sizes)
+        for index in range(size)
+    )
+    run = order.run(0, layout.samples)
+    assert [shard for _, shard, _ in exact] == run.shards.tolist()
+
+
+@given(layouts(most=400), st.integers(1, 64), st.data())
+def test_a_nodes_part_of_a_batch_stays_below_its_bound(layout, batch_size, data):
+    nodes = data.draw(st.sampled_from([n for n in range(1, 97) if shard_count(layout) % n == 0]))
+    owners = EpochOrder(layout, data.draw(st.integers(0, 9)), data.draw(st.integers(0, 3))).run(0, layout.samples).shards % nodes
+    parts = [np.bincount(owners[k : k + batch_size], minlength=nodes).max() for k in range(0, layout.samples, batch_size)]
+    assert max(parts) <= node_rows(layout, batch_size, nodes) <= batch_size
+
+
+def test_even_shards_need_no_padding():
+    layout = Layout(96 * 64 * 10, 64, 0, 12288)
+    assert [node_rows(layout, 192, nodes) for nodes in SHARD_COUNTS] == [192 // nodes for nodes in SHARD_COUNTS]
+    # A broken chunk costs some percent.
+    assert node_rows(Layout(400_001, 64, 0, 12288), 256, 2) <= 1.07 * 128
+
+
+@given(st.integers(1, 5000), st.integers(0, 2**64 - 1))
+def test_permutations_without_a_table(size, key):
+    numbers = np.arange(size)
+    moved = permute(numbers, size, key)
+    np.testing.assert_array_equal(np.sort(moved), numbers)
+    np.testing.assert_array_equal(permute(moved, size, key, inverse=True), numbers)
+    np.testing.assert_array_equal(np.sort(table(size, key)), numbers)
+
+
+@pytest.mark.parametrize("make", [table, lambda size, key: permute(np.arange(size), size, key)], ids=["table", "feistel"])
+def test_permutations_are_random(make):
+    """Where a number goes is uniform, and neighbours part: over 100 keys, within five standard deviations."""
+    size, keys = TABLE_SIZE, range(100)
+    moved = np.stack([make(size, key) for key in keys]) / size
+    ends = moved[:, [0, 1, size // 2, size - 1]]
+    assert np.abs(ends.mean(axis=0) - 0.5).max() < 5 * 0.2887 / len(keys) ** 0.5
+    apart = np.abs(np.diff(moved, axis=1)).mean(axis=1)
+    assert np.abs(apart - 1 / 3).max() < 5 * 0.33 / size**0.5
+    assert abs(np.corrcoef(moved[0], moved[1])[0, 1]) < 5 / size**0.5
+
+
+def test_the_order_is_written_down():
+    """A recorded run must be repeatable: these numbers may never change."""
+    order = EpochOrder(Layout(1000, 10, 3, POOL_BYTES // 500), 7, 1)
+    assert (order.shards, order.window_chunks) == (48, 1)
+    assert order.run(500, 508).rows.tolist() == RECORDED
+
+
+RECORDED = [729, 281, 83, 790, 991, 538, 499, 118]
 
 
 @given(rows=st.lists(st.integers(0, 1000), max_size=30), cut=st.integers(0, 30))
@@ -66,8 +196,40 @@ def test_a_sample_lost_and_another_taken_twice_shows(samples, lost, twice):
     assert (Certificate().add(rows) == certificate_of(samples)) == (lost == twice)
 
 
-def test_epochs_and_seeds_differ():
-    order = Order(100, 10, seed=1)
-    assert not np.array_equal(order.permutation(0), order.permutation(1))
-    assert not np.array_equal(order.permutation(0), Order(100, 10, seed=2).permutation(0))
-    np.testing.assert_array_equal(order.permutation(4), Order(100, 7, world_size=3, rank=2, seed=1).permutation(4))
+def test_epochs_and_seeds_differ_and_batch_sizes_do_not():
+    layout = Layout(100, 10)
+    orders = [EpochOrder(layout, seed, epoch).run(0, 100).rows for seed, epoch in ((1, 0), (1, 1), (2, 0))]
+    assert not any(np.array_equal(one, other) for one, other in ((orders[0], orders[1]), (orders[0], orders[2])))
+    for batch_size in (7, 10, 100):
+        epoch = Order(layout, batch_size, seed=1).epoch(0)
+        cuts = [epoch.cut(step) for step in range(epoch.order.steps)]
+        np.testing.assert_array_equal(np.concatenate([cut.rows[: cut.real] for cut in cuts]), orders[0])
+
+
+def test_no_samples_is_an_error():
+    with pytest.raises(DataError, match="no samples"):
+        Layout(0)
+
+
+SCALE = """
+import resource, sys, time
+import numpy as np
+from hpcutils.data.order import Order, Seat
+from hpcutils.data.shards import Layout
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+started = time.process_time()
+order = Order(Layout(10**9, 64, 0, 12288), 65536, Seat(48, 11, 86, 3), 1)
+order.digest()
+last = order.epoch(3).cut(order.steps - 1)
+middle = order.epoch(3).cut(order.steps // 2)
+print(time.process_time() - started, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, middle.real)
+"""
+
+
+def test_a_thousand_million_samples_over_four_thousand_ranks():
+    """Plan, and two steps far apart, in seconds of processor time and MB beyond numpy's own."""
+    done = subprocess.run([sys.executable, "-c", SCALE], capture_output=True, text=True, check=True)
+    seconds, megabytes, rows = map(float, done.stdout.split())
+    assert seconds < 1
+    assert megabytes < 100
+    assert rows > 0

@@ -1,0 +1,77 @@
+"""How far an epoch has come: what a run needs to go on with the next sample, on any number of ranks. A few hundred bytes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hpcutils.data.order import Certificate, Order
+from hpcutils.errors import DataError
+
+
+@dataclass(frozen=True)
+class DataState:
+    """A place in the order of an epoch.
+
+    Args:
+        seed: Of the order.
+        epoch: Counted from 0.
+        consumed: Samples of the epoch, from the first position on, that steps have used: whole global batches.
+        batch_size: Samples of a global batch.
+        data: What names the data: digests of its files, and which part of them.
+        order: Hash of the order (`Order.digest`).
+        seen: Certificate of the consumed samples, all ranks together.
+    """
+
+    seed: int
+    epoch: int
+    consumed: int
+    batch_size: int
+    data: str
+    order: str
+    seen: Certificate
+
+    def to_json(self) -> str:
+        """Return the state as one line of JSON."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> DataState:
+        """Read what `to_json` wrote.
+
+        Raises:
+            DataError: It is not that.
+        """
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            return cls(**fields | {"seen": Certificate(**fields["seen"])})
+        except (ValueError, TypeError, KeyError) as exc:
+            raise DataError(f"not a state of the data: {text[:80]!r}", "the checkpoint is damaged: take an older one") from exc
+
+    def resume(self, order: Order, data: str) -> int:
+        """Return the step of epoch `self.epoch` to go on with.
+
+        Args:
+            order: The plan of the run that goes on; of any world.
+            data: What names its data.
+
+        Raises:
+            DataError: It is not the same data, order or batch size: some samples would be used twice, others never.
+        """
+        now = {"seed": order.seed, "batch_size": order.batch_size, "data": data, "order": order.name()}
+        was = {name: getattr(self, name) for name in now}
+        wrong = [f"{name} was {was[name]!r} and is {now[name]!r}" for name in now if was[name] != now[name]]
+        if wrong:
+            raise DataError(
+                f"the checkpoint cannot go on in the middle of epoch {self.epoch + 1}: {'; '.join(wrong)}",
+                "go on with the data and the batch size that it was made with, or start a new run",
+            )
+        return self.consumed // self.batch_size
+
+
+def state_at(order: Order, epoch: int, step: int, data: str, seen: Certificate) -> DataState:
+    """Return the state before a step; after the last one it is the start of the next epoch."""
+    if step >= order.steps:
+        return DataState(order.seed, epoch + 1, 0, order.batch_size, data, order.name(), Certificate())
+    return DataState(order.seed, epoch, step * order.batch_size, order.batch_size, data, order.name(), seen)

@@ -1,0 +1,203 @@
+"""How a job's data is read: from memory, in windows, or by each rank for itself; and which seat a rank has then.
+
+memory        the datasets fit: a node's ranks decode them together, once, before the first step
+window        they do not: a node's ranks decode them window after window, each chunk once an epoch, ahead of the steps
+independent   each rank reads its own samples from the file; no memory is shared
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpcutils.data.hdf5 import HDF5Matrix
+from hpcutils.data.node import NodeArray
+from hpcutils.data.order import Cut, Order, Seat
+from hpcutils.data.shards import Layout
+from hpcutils.data.shared import free_memory_bytes
+from hpcutils.data.windows import WindowReader, window_bytes
+from hpcutils.errors import DataError
+from hpcutils.log import LOGGER
+from hpcutils.train.feed import Source
+from hpcutils.train.ranks import Ranks
+
+Mode = Literal["memory", "window", "independent"]
+Array = NDArray[Any]
+
+# Data may take this part of the memory that is free on the node when the job starts.
+MEMORY_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    """How the samples of one split are read.
+
+    Args:
+        mode: How x is read.
+        y_in_memory: Whether y, mostly small, is in memory whatever x does.
+        order: This rank's part of the batches.
+        memory_bytes: What this takes of a node's memory.
+    """
+
+    mode: Mode
+    y_in_memory: bool
+    order: Order
+    memory_bytes: int
+
+    def __str__(self) -> str:
+        parts = f"{self.order.shards} shards, {self.memory_bytes / 2**20:.1f} MiB a node"
+        return f"{self.mode} ({parts}{', cut by nodes' if self.order.seat.nodes > 1 else ''})"
+
+
+def layout_of(matrix: HDF5Matrix) -> Layout:
+    """Return how the samples of a dataset lie in its chunks."""
+    return Layout(len(matrix), matrix.chunk_rows, -matrix.start % matrix.chunk_rows, matrix.row_bytes)
+
+
+def seats(ranks: Ranks) -> tuple[Seat, Seat | None]:
+    """Return this rank's seat where batches are cut by count, and where nodes own shards (`None`: nodes of unequal size)."""
+    world = ranks.world
+    by_count = Seat(ranks=world.world_size, rank=world.rank)
+    if ranks.node_comm is None:
+        return by_count, by_count
+    leaders = ranks.gather(ranks.node_comm.bcast(world.rank))
+    nodes = sorted(set(leaders))
+    if len({leaders.count(node) for node in nodes}) > 1:
+        return by_count, None
+    node = nodes.index(leaders[world.rank])
+    return by_count, Seat(len(nodes), node, ranks.node_comm.size, ranks.node_comm.rank)
+
+
+def plan_reading(
+    x: HDF5Matrix, y: HDF5Matrix, order: Order, by_node: Seat | None, read: str, budget_bytes: int
+) -> tuple[ReadPlan, str | None]:
+    """Choose how to read; return also why it is not what was asked for, if so.
+
+    Args:
+        x: The samples.
+        y: The labels.
+        order: With the seat that cuts by count.
+        by_node: The seat where nodes own shards.
+        read: `window` or `independent`, from train.yaml.
+        budget_bytes: What the data may take of a node's memory.
+    """
+    if read == "independent":
+        return ReadPlan("independent", False, order, 0), None
+    if x.nbytes + y.nbytes <= budget_bytes:
+        return ReadPlan("memory", True, order, x.nbytes + y.nbytes), None
+    owned = order
+    if order.shuffle and by_node is not None and order.shards % by_node.nodes == 0:
+        owned = replace(order, seat=by_node)
+    small = y.nbytes <= budget_bytes // 8
+    needed = window_bytes(owned, x.row_bytes + (0 if small else y.row_bytes)) + (y.nbytes if small else 0)
+    if needed <= budget_bytes:
+        return ReadPlan("window", small, owned, needed), None
+    short = f"windows need {needed / 2**20:.0f} MiB of a node's memory and may take {budget_bytes / 2**20:.0f}"
+    return ReadPlan("independent", False, order, 0), short
+
+
+class RowSource:
+    """Samples by their numbers: from memory, or from the file by each rank for itself.
+
+    Args:
+        x: The samples.
+        y: The labels.
+        node: mpi4py communicator of the node's ranks, or `None`.
+        in_memory: Whether to decode all of both first.
+    """
+
+    def __init__(self, x: HDF5Matrix, y: HDF5Matrix, node: Any, in_memory: bool) -> None:
+        self.mode = "memory" if in_memory else "independent"
+        self._x, self._y = (NodeArray(matrix, node, in_memory) for matrix in (x, y))
+
+    def begin(self, epoch: int, first_step: int) -> None:
+        """Nothing to do."""
+
+    def read(self, step: int, cut: Cut) -> tuple[Array, Array]:
+        return self._x.read_rows(cut.rows), self._y.read_rows(cut.rows)
+
+    def example(self, rows: int) -> tuple[Array, Array]:
+        first = np.zeros(rows, np.int64)
+        return self._x.read_rows(first), self._y.read_rows(first)
+
+    def chunks_read(self, epoch: int) -> int:
+        return self._x.chunks_read if epoch == 0 else 0
+
+    def close(self) -> None:
+        self._x.close()
+        self._y.close()
+
+
+class WindowSource:
+    """Samples in the order of an epoch, decoded ahead of the steps; y from memory where it is small.
+
+    Args:
+        x: The samples.
+        y: The labels.
+        plan: From `plan_reading`.
+        node: mpi4py communicator of the node's ranks, or `None`.
+        epochs: Of the job.
+    """
+
+    mode = "window"
+
+    def __init__(self, x: HDF5Matrix, y: HDF5Matrix, plan: ReadPlan, node: Any, epochs: int) -> None:
+        self._x, self._y = x, y
+        self._labels = NodeArray(y, node) if plan.y_in_memory else None
+        self._reader = WindowReader([x] if plan.y_in_memory else [x, y], plan.order, node, epochs)
+
+    def begin(self, epoch: int, first_step: int) -> None:
+        self._reader.begin(epoch, first_step)
+
+    def read(self, step: int, cut: Cut) -> tuple[Array, Array]:
+        read = self._reader.read(step, cut)
+        return read[0], self._labels.read_rows(cut.rows) if self._labels is not None else read[1]
+
+    def example(self, rows: int) -> tuple[Array, Array]:
+        x, y = (matrix.read_rows(np.zeros(1, np.int64)) for matrix in (self._x, self._y))
+        return np.repeat(x, rows, axis=0), np.repeat(y, rows, axis=0)
+
+    def chunks_read(self, epoch: int) -> int:
+        return self._reader.chunks_read(epoch)
+
+    def close(self) -> None:
+        self._reader.close()
+        if self._labels is not None:
+            self._labels.close()
+
+
+def open_source(x: HDF5Matrix, y: HDF5Matrix, order: Order, ranks: Ranks, read: str, epochs: int) -> tuple[Source, ReadPlan]:
+    """Choose how to read x and y, agree on it with all ranks, and get ready.
+
+    Args:
+        x: The samples.
+        y: The labels.
+        order: The plan, with any seat.
+        ranks: All ranks; all call this together.
+        read: From train.yaml.
+        epochs: Of the job.
+    """
+    if len(x) != len(y):
+        raise DataError(f"x has {len(x)} samples and y has {len(y)}", "both must come from the same split of the same data")
+    by_count, by_node = seats(ranks)
+    order = replace(order, seat=by_count)
+    # Free memory changes while ranks look at it, and nodes differ: the least decides for all.
+    budget = min(ranks.gather(int(free_memory_bytes() * MEMORY_SHARE)))
+    plan, short = plan_reading(x, y, order, by_node, read, budget)
+    if short is not None and ranks.world.rank == 0:
+        LOGGER.warning("%s: each rank reads for itself, and chunks are decoded more than once", short)
+    agree(plan, (x, y), ranks)
+    if plan.mode == "window":
+        return WindowSource(x, y, plan, ranks.node_comm, epochs), plan
+    return RowSource(x, y, ranks.node_comm, plan.mode == "memory"), plan
+
+
+def agree(plan: ReadPlan, matrices: tuple[HDF5Matrix, HDF5Matrix], ranks: Ranks) -> None:
+    """Compare the plan over ranks: a disagreement is an error here, and would be a hang later."""
+    plans = ranks.gather((plan.mode, *plan.order.digest(), *((matrix.shape, str(matrix.dtype)) for matrix in matrices)))
+    for rank, other in enumerate(plans):
+        if other != plans[0]:
+            raise DataError(f"rank {rank} plans {other}, rank 0 plans {plans[0]}", "the nodes do not see the same data")

@@ -1,0 +1,123 @@
+"""How a job's data is read: the choice between memory, windows and neither; what Keras may and may not do to a feed."""
+
+import h5py
+import numpy as np
+import pytest
+
+from hpcutils.data.hdf5 import HDF5Matrix
+from hpcutils.data.order import Certificate, Order, Seat, certificate_of
+from hpcutils.data.shards import POOL_BYTES, Layout
+from hpcutils.errors import DataError
+from hpcutils.train.feed import Feed
+from hpcutils.train.ranks import Ranks
+from hpcutils.train.reading import RowSource, layout_of, open_source, plan_reading, seats
+from hpcutils.world import World
+
+ROWS = 50
+
+
+@pytest.fixture
+def path(tmp_path):
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        file.create_dataset("x", data=np.arange(ROWS * 4, dtype=">u2").reshape(ROWS, 4), chunks=(8, 4), compression="gzip")
+        file["y"] = np.arange(ROWS) % 3
+        file["short"] = np.arange(ROWS - 1)
+    return tmp_path / "data.h5"
+
+
+@pytest.fixture
+def matrices(path):
+    with HDF5Matrix(path, "x", 3) as x, HDF5Matrix(path, "y", 3) as y:
+        yield x, y
+
+
+def feed_of(matrices, **more) -> Feed:
+    x, y = matrices
+    return Feed(RowSource(x, y, None, True), Order(layout_of(x), 8, seed=2), **more)
+
+
+def test_what_fits_is_in_memory(matrices):
+    x, y = matrices
+    order = Order(layout_of(x), 8)
+    assert plan_reading(x, y, order, None, "window", x.nbytes + y.nbytes)[0].mode == "memory"
+    plan, short = plan_reading(x, y, order, None, "independent", 1 << 30)
+    assert (plan.mode, plan.memory_bytes, short) == ("independent", 0, None)
+
+
+def test_what_does_not_fit_is_read_in_windows_or_by_each_rank(matrices):
+    x, y = matrices
+    order = Order(layout_of(x), 8, Seat(ranks=4, rank=3))
+    plan, short = plan_reading(x, y, order, Seat(3, 1, 1, 0), "window", x.nbytes + y.nbytes - 1)
+    assert plan.mode == "independent"
+    assert plan.order is order
+    assert "may take" in short
+
+
+def test_nodes_own_shards_where_windows_are_read():
+    large = Order(Layout(10**6, 64, 0, 12288), 256, Seat(ranks=4, rank=3))
+    plan, short = plan_reading(_Sized(12288 * 10**6), _Sized(8 * 10**6), large, Seat(2, 1, 2, 1), "window", 4 * POOL_BYTES)
+    assert (plan.mode, plan.order.seat, plan.y_in_memory, short) == ("window", Seat(2, 1, 2, 1), True, None)
+    by_seven = Seat(7, 1, 2, 1)
+    assert plan_reading(_Sized(12288 * 10**6), _Sized(8), large, by_seven, "window", 4 * POOL_BYTES)[0].order.seat == large.seat
+
+
+class _Sized:
+    """As much of a matrix as a plan looks at."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes, self.row_bytes = nbytes, nbytes // 10**6
+
+
+def test_a_rank_alone_has_every_seat():
+    assert seats(Ranks(World())) == (Seat(), Seat())
+
+
+def test_lengths_must_agree(path):
+    x, y = HDF5Matrix(path, "x"), HDF5Matrix(path, "short")
+    with pytest.raises(DataError, match="x has 50 samples and y has 49"):
+        open_source(x, y, Order(layout_of(x), 8), Ranks(World()), "window", 1)
+
+
+def test_an_epoch_has_each_sample_once_in_the_machines_byte_order(matrices):
+    feed = feed_of(matrices, classes=3)
+    feed.begin_epoch(1)
+    batches = list(feed.batches())
+    assert len(batches) == len(feed) == 6
+    assert feed.certificate == Certificate(), "made is not used"
+    clocks = [feed.used() for _ in batches]
+    assert clocks == sorted(clocks)
+    assert feed.certificate == certificate_of(ROWS - 3)
+    rows = np.concatenate([x[w > 0, 0] // 4 for x, _, w in batches])
+    assert sorted(rows) == list(range(3, ROWS))
+    x, y, weights = batches[0]
+    assert x.dtype.isnative
+    assert (x.shape, y.shape, weights.shape) == ((8, 4), (8, 3), (8,))
+    np.testing.assert_array_equal(y.argmax(axis=1), x[:, 0] // 4 % 3)
+
+
+def test_who_looks_before_the_epoch_takes_nothing_of_it(matrices):
+    feed = feed_of(matrices)
+    early = feed.batches()
+    x, _, weights = next(early)
+    assert (x[:, 0] == 12).all()
+    assert not weights.any()
+    feed.begin_epoch(0)
+    next(early)
+    with pytest.raises(IndexError):
+        feed.used()
+    old = feed.batches()
+    next(old)
+    feed.begin_epoch(1)
+    assert list(old) == [], "an iterator of an epoch that is over ends"
+    for _ in feed.batches():
+        feed.used()
+    assert feed.certificate == certificate_of(ROWS - 3)
+
+
+def test_normalizers_see_batches_of_the_files_type(matrices):
+    seen = []
+    feed = feed_of(matrices, normalizer=lambda batch: (seen.append(batch.dtype), batch.astype("f4") / 2)[1])
+    feed.begin_epoch(0)
+    x, _, _ = next(feed.batches())
+    assert seen == [np.dtype(">u2")]
+    assert x.dtype == np.float32
