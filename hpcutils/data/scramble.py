@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 Ints: TypeAlias = "NDArray[np.int64]"
 Hashes: TypeAlias = "NDArray[np.uint64]"
 
-# Above so many numbers a table is not worth its memory (256 KiB).
-TABLE_SIZE = 1 << 15
 ROUNDS = 6
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 ROUND_STEP = np.uint64(0xD1B54A32D192ED03)
@@ -59,6 +57,16 @@ def table(size: int, key: int) -> Ints:
     with np.errstate(over="ignore"):
         hashes = mixed(np.uint64(key) + np.arange(size, dtype=np.uint64) * GOLDEN)
     return np.argsort(hashes, kind="stable")
+
+
+def tables(keys: Hashes, sizes: Ints, most: int) -> Ints:
+    """Return a permutation of `[0, size)` for each key as a row, `(keys, most)`; what follows the first `size` is of no use."""
+    numbers = np.arange(most, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        hashes = mixed(keys[:, None] + numbers * GOLDEN)
+    # A hash that equals the mark of what is beyond the end still comes before it: the sort is stable.
+    hashes[numbers >= sizes[:, None].astype(np.uint64)] = MASK
+    return np.argsort(hashes, axis=1, kind="stable")
 
 
 def permute(numbers: Ints, size: int, key: int, inverse: bool = False) -> Ints:

@@ -19,7 +19,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from hpcutils.data.scramble import TABLE_SIZE, Ints, key_of, permute, table
+from hpcutils.data.scramble import Ints, key_of, permute, table, tables
 from hpcutils.errors import DataError
 
 # What the windows that are in use at one time hold, all shards together. A part of the order: the same on every machine.
@@ -30,6 +30,8 @@ SHARD_COUNTS = (96, 48, 24, 12, 6, 4, 3, 2, 1)
 SEQUENTIAL_WINDOWS = 8
 # Words that tell the uses of a key apart.
 CHUNKS, SAMPLES = 1, 2
+# Windows that are this large all together have their permutations in tables; 8 MB each.
+GENERATION_ROWS = 1 << 19
 # The chunks of an epoch are permuted in a table of 8 MB at the most: 48 GB of data in chunks of 48 KiB.
 CHUNK_TABLE_SIZE = 1 << 20
 
@@ -112,14 +114,17 @@ class Window:
         """Number of samples."""
         return int(self.offsets[-1])
 
+    def numbers(self) -> Ints:
+        """Return the numbers of its samples, chunk by chunk."""
+        return np.asarray(np.repeat(self.starts - self.offsets[:-1], np.diff(self.offsets)) + np.arange(self.rows))
+
 
 @dataclass(frozen=True, eq=False)
-class _Kept:
-    """A window, the places of its samples in their order, and their numbers; `None` where they would be too many to keep."""
+class _Generation:
+    """The windows of the same number of some shards: `(shards, most rows)` places in their order, and sample numbers."""
 
-    window: Window
-    order: Ints | None
-    rows: Ints | None
+    places: Ints
+    rows: Ints
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +170,9 @@ class EpochOrder:
         self._phases = (2 * shards + 1) / (2 * self.shards)
         # Elements that rounding may put on the wrong side of a time, and then some: see `counts_before`.
         self._doubtful = 2 * self.shards * int(self.sizes.max()) // layout.samples + 3
-        self._windows: dict[tuple[int, int], _Kept] = {}
+        rows = self.window_chunks * layout.chunk_rows
+        self._has_tables = self.shards * rows <= GENERATION_ROWS
+        self._generations: dict[tuple[int, int, int], _Generation] = {}
 
     def times(self, shards: Ints, indices: Ints) -> NDArray[np.float64]:
         """Return the time of sample `indices` of `shards`, in (0, 1). Correctly rounded divisions: alike on all machines."""
@@ -190,47 +197,62 @@ class EpochOrder:
         edges = np.concatenate([[0], np.cumsum(high - low)])
         # (3, n): sample number, window, place in it; shard by shard.
         found = np.full((3, len(shards)), -1, np.int64)
-        for shard in range(first_shard, self.shards, stride):
-            self._fill(found[:, edges[shard] : edges[shard + 1]], shard, int(low[shard]))
+        for number, shard in enumerate(range(first_shard, self.shards, stride)):
+            self._fill(found[:, edges[shard] : edges[shard + 1]], shard, int(low[shard]), (number, first_shard, stride))
         # Stable: samples of the same time come in the order of their shards.
         merged = np.argsort(self.times(shards, indices), kind="stable")
         rows, windows, places = found[:, merged]
         return Run(rows, shards[merged], windows, places)
 
-    def _fill(self, found: Ints, shard: int, first: int) -> None:
+    def _fill(self, found: Ints, shard: int, first: int, which: tuple[int, int, int]) -> None:
         """Fill `(3, n)` with the samples of `shard` from its sample `first` on."""
         done = 0
         while done < found.shape[1]:
-            kept = self._kept(shard, self._window_at(shard, first + done))
-            begin = first + done - kept.window.first
-            count = min(kept.window.rows - begin, found.shape[1] - done)
+            number = self._window_at(shard, first + done)
+            start, rows = self.span(shard, number)
+            begin = first + done - start
+            count = min(rows - begin, found.shape[1] - done)
             part = found[:, done : done + count]
-            part[0], part[2] = self._placed(kept, begin, count)
-            part[1] = kept.window.number
+            part[0], part[2] = self._placed(shard, number, begin, count, which)
+            part[1] = number
             done += count
 
-    def _placed(self, kept: _Kept, begin: int, count: int) -> tuple[Ints, Ints]:
+    def _placed(self, shard: int, number: int, begin: int, count: int, which: tuple[int, int, int]) -> tuple[Ints, Ints]:
         """Return sample numbers and places of samples `begin` to `begin + count` of a window."""
-        if kept.rows is not None and kept.order is not None:
-            return kept.rows[begin : begin + count], kept.order[begin : begin + count]
-        window, places = kept.window, np.arange(begin, begin + count, dtype=np.int64)
+        if self.shuffle and self._has_tables:
+            row, first_shard, stride = which
+            known = self._generation(number, first_shard, stride)
+            return known.rows[row, begin : begin + count], known.places[row, begin : begin + count]
+        window, places = self.window(shard, number), np.arange(begin, begin + count, dtype=np.int64)
         if self.shuffle:
-            places = permute(places, window.rows, self._window_key(window.shard, window.number))
+            places = permute(places, window.rows, self._window_key(shard, number))
         chunk = np.searchsorted(window.offsets, places, side="right") - 1
         return window.starts[chunk] + places - window.offsets[chunk], places
 
-    def _kept(self, shard: int, number: int) -> _Kept:
-        """Return a window with what was worked out for it; two a shard are kept."""
-        known = self._windows.get((shard, number % 2))
-        if known is not None and known.window.number == number:
-            return known
-        window, order, rows = self.window(shard, number), None, None
-        if self.shuffle and window.rows <= TABLE_SIZE:
-            order = table(window.rows, self._window_key(shard, number))
-            counts = np.diff(window.offsets)
-            rows = (np.repeat(window.starts - window.offsets[:-1], counts) + np.arange(window.rows))[order]
-        self._windows[shard, number % 2] = kept = _Kept(window, order, rows)
-        return kept
+    def _generation(self, number: int, first_shard: int, stride: int) -> _Generation:
+        """Return windows `number` of shards `first_shard`, `first_shard + stride`, …; three generations are kept."""
+        key = (number, first_shard, stride)
+        known = self._generations.get(key)
+        if known is None:
+            if len(self._generations) > 2:
+                self._generations.pop(next(iter(self._generations)))
+            known = self._generations[key] = self._new_generation(number, range(first_shard, self.shards, stride))
+        return known
+
+    def _new_generation(self, number: int, shards: range) -> _Generation:
+        # All windows at once: numpy's cost a call would be that of 50 samples for each of them.
+        keys = np.array([self._window_key(shard, number) for shard in shards], np.uint64)
+        windows = [self.window(shard, number) if number < self.window_count(shard) else None for shard in shards]
+        most = max(window.rows for window in windows if window is not None)
+        plain = np.zeros((len(shards), most), np.int64)
+        sizes = np.zeros(len(shards), np.int64)
+        for row, window in enumerate(windows):
+            if window is not None:
+                sizes[row] = window.rows
+                plain[row, : window.rows] = window.numbers()
+        # (shards, most): places beyond a window's end are sorted behind all others.
+        places = tables(keys, sizes, most)
+        return _Generation(places, np.take_along_axis(plain, places, axis=1))
 
     def _window_key(self, shard: int, number: int) -> int:
         return key_of(self._key, SAMPLES, shard, number)
@@ -248,10 +270,13 @@ class EpochOrder:
         """Return window `number` of `shard`."""
         low, high = self._window_chunks(shard, number)
         names = self._chunk_names(np.arange(low, high, dtype=np.int64) * self.shards + shard)
-        sizes = self.layout.sizes(names)
-        offsets = np.zeros(len(names) + 1, np.int64)
-        np.cumsum(sizes, out=offsets[1:])
-        return Window(shard, number, self._rows_before(shard, low), names, self.layout.starts(names), offsets)
+        layout = self.layout
+        starts, offsets = [], [0]
+        for name in names.tolist():
+            # In Python's own numbers: most windows have few chunks.
+            starts.append(layout.first + (name - 1) * layout.chunk_rows if name else 0)
+            offsets.append(offsets[-1] + layout.chunk_rows - layout.broken.get(name, 0))
+        return Window(shard, number, self._rows_before(shard, low), names, np.array(starts), np.array(offsets))
 
     def _window_chunks(self, shard: int, number: int) -> tuple[int, int]:
         chunks, count = int(self.shard_chunks[shard]), self.window_count(shard)

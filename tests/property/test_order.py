@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcutils.data.order import Certificate, Order, Seat, certificate_of
-from hpcutils.data.scramble import TABLE_SIZE, permute, table
+from hpcutils.data.scramble import permute, table, tables
 from hpcutils.data.shards import POOL_BYTES, SHARD_COUNTS, EpochOrder, Layout, node_rows, shard_count
 from hpcutils.errors import DataError
 
@@ -158,12 +158,16 @@ def test_permutations_without_a_table(size, key):
     np.testing.assert_array_equal(np.sort(moved), numbers)
     np.testing.assert_array_equal(permute(moved, size, key, inverse=True), numbers)
     np.testing.assert_array_equal(np.sort(table(size, key)), numbers)
+    shorter = size // 2
+    both = tables(np.array([key, key], np.uint64), np.array([size, shorter]), size)
+    np.testing.assert_array_equal(both[0], table(size, key))
+    np.testing.assert_array_equal(both[1, :shorter], table(shorter, key))
 
 
 @pytest.mark.parametrize("make", [table, lambda size, key: permute(np.arange(size), size, key)], ids=["table", "feistel"])
 def test_permutations_are_random(make):
     """Where a number goes is uniform, and neighbours part: over 100 keys, within five standard deviations."""
-    size, keys = TABLE_SIZE, range(100)
+    size, keys = 1 << 15, range(100)
     moved = np.stack([make(size, key) for key in keys]) / size
     ends = moved[:, [0, 1, size // 2, size - 1]]
     assert np.abs(ends.mean(axis=0) - 0.5).max() < 5 * 0.2887 / len(keys) ** 0.5
