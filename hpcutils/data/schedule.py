@@ -66,11 +66,13 @@ def plan_memory(order: Order) -> MemoryPlan:
     each, longer = divmod(layout.chunks, shards)
     shard_chunks = [each, each + 1] if longer else [each]
     fewest = min(chunks // -(-chunks // most_chunks) for chunks in shard_chunks)
-    least_rows = max(1, fewest * layout.chunk_rows - sum(layout.broken.values()))
     shard_rows = min(shard_chunks[-1] * layout.chunk_rows, layout.samples)
     touched = shard_rows * (order.batch_size + 2 * shards + 4) // layout.samples + 2
-    live = 2 + max(0, touched - 2) // least_rows
-    return MemoryPlan(shards // order.seat.nodes * live, min(most_chunks * layout.chunk_rows, layout.samples), live)
+    # Two windows may reach into the steps from outside; those between them are whole, but for the ones of broken chunks.
+    live = 2 + max(0, touched - 2) // (fewest * layout.chunk_rows)
+    broken = len(layout.broken)
+    slots = shards // order.seat.nodes * live + broken
+    return MemoryPlan(slots, min(most_chunks * layout.chunk_rows, layout.samples), live + broken)
 
 
 @lru_cache(4)

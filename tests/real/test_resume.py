@@ -1,0 +1,106 @@
+"""Training on data read in windows: stopped in the middle of an epoch, gone on with by worlds of other sizes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpcutils.launch.local import LOCAL_ENVIRONMENT, find_mpirun, local_job
+from hpcutils.launch.request import Layout
+from hpcutils.launch.runs import prepare
+from hpcutils.rundir import RunDirectory
+from hpcutils.specs.job import load_job
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = Path(__file__).with_name("entry_in_windows.py")
+
+MAKE = """
+import h5py, numpy as np
+from sklearn.datasets import load_digits
+digits = load_digits()
+picked = np.random.default_rng(0).integers(0, 1797, 5748)
+with h5py.File("digits.h5", "w") as file:
+    images = digits.images[picked, :, :, None].astype("uint8")
+    file.create_dataset("images", data=images, chunks=(50, 8, 8, 1), compression="gzip", shuffle=True)
+    file["labels"] = digits.target[picked].astype("uint8")
+"""
+
+pytestmark = pytest.mark.mpi
+
+
+@pytest.fixture(scope="module")
+def job_file(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("job")
+    text = (ROOT / "jobs" / "digits" / "train.yaml").read_text()
+    lines = [line for line in text.splitlines() if not line.strip().startswith("sha256:")]
+    (folder / "train.yaml").write_text("\n".join(lines).replace("1437", "5001").replace("epochs: 14", "epochs: 2") + "\n")
+    (folder / "model.py").write_text((ROOT / "jobs" / "digits" / "model.py").read_text())
+    (folder / "make_data.py").write_text(MAKE)
+    subprocess.run([sys.executable, "make_data.py"], cwd=folder, check=True)
+    return folder / "train.yaml"
+
+
+def new_run(job_file: Path, name: str, ranks: int) -> RunDirectory:
+    run = RunDirectory(job_file.parent / "runs" / name)
+    prepare(run, local_job(load_job(job_file), ranks, None), job_file.parent, Layout(1, ranks, 1), None)
+    return run
+
+
+def start(run: RunDirectory, ranks: int, *words: str) -> subprocess.CompletedProcess[str]:
+    """Start, or go on with, a run on so many ranks."""
+    submission = json.loads(run.submission.read_text())
+    run.submission.write_text(json.dumps(submission | {"ranks_per_node": ranks}))
+    run.stop.unlink(missing_ok=True)
+    argv = [find_mpirun(), "-n", str(ranks), *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
+    return subprocess.run(
+        [*argv, sys.executable, str(PROGRAM), str(run.path), *words],
+        env=os.environ | LOCAL_ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def lines(run: RunDirectory) -> list[dict]:
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def test_stopped_and_gone_on_with_by_four_two_and_three_ranks(job_file):
+    whole = new_run(job_file, "whole", 2)
+    done = start(whole, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = lines(whole)
+    assert [(line["read"], line["chunks_read"], line["coverage"]) for line in expected] == [("window", 1.0, "exact")] * 2
+    assert all(line["wait_s"] < line["seconds"] for line in expected)
+
+    run = new_run(job_file, "stopped", 4)
+    for ranks, step in ((4, 17), (2, 41)):
+        done = start(run, ranks, str(step))
+        assert f"stopping after step {step} of epoch 1" in done.stderr, done.stderr[-3000:]
+        assert done.returncode == 75
+        assert [path.suffix for path in sorted(run.checkpoints.glob(f"epoch-0000-step-{step:08d}.*"))] == [".json", ".keras"]
+    done = start(run, 3)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on with step 42 of epoch 1" in done.stderr
+    assert [line["coverage"] for line in lines(run)] == ["exact", "exact"]
+    for one, other in zip(expected, lines(run), strict=True):
+        # The same batches, so the same figures for the whole epoch, up to rounding that training makes more of.
+        for name in ("loss", "accuracy", "val_loss", "val_accuracy"):
+            assert one[name] == pytest.approx(other[name], abs=0.02), name
+
+
+def test_another_data_set_cannot_go_on(job_file):
+    run = new_run(job_file, "other", 1)
+    assert start(run, 1, "5").returncode == 75
+    resolved = json.loads(run.job.read_text())
+    resolved["training"]["batch_size"] = 32
+    run.job.write_text(json.dumps(resolved))
+    done = start(run, 1)
+    assert done.returncode == 5
+    assert "batch_size was 64 and is 32" in done.stderr
