@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from hpcutils.data.arrays import to_categorical
 from hpcutils.data.order import Certificate, Cut, Epoch, Order
+from hpcutils.data.sequence import Sequence
 
 Array = NDArray[Any]
 Batch = tuple[Array, Array, Array]
@@ -41,8 +42,8 @@ class Source(Protocol):
         """Let go of memory and files; the ranks of a node call it together."""
 
 
-class Feed:
-    """The `(x, y, weight)` batches of one rank.
+class Feed(Sequence):
+    """The `(x, y, weight)` batches of one rank: the global batches of a `Sequence`, cut over the ranks.
 
     `dataset()` goes to `fit`. Keras looks at some batches before it trains, and may drop an iterator half used: whoever iterates
     before `begin_epoch`, or goes on after the next one, never touches what belongs to the epoch.
@@ -65,6 +66,7 @@ class Feed:
         normalizer: Callable[[Any], Any] | None = None,
         classes: int | None = None,
     ) -> None:
+        super().__init__()
         self.source, self.order = source, order
         self.normalizer, self.classes = normalizer, classes
         self.certificate = Certificate()
@@ -75,6 +77,10 @@ class Feed:
 
     def __len__(self) -> int:
         return self.order.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        """Return batch `step` of the epoch that has begun, `order.local_rows` rows; steps are asked for in order."""
+        return self._make(self._epoch, step)[0] if self._epoch is not None else self.example()
 
     def begin_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Take the order of `epoch` from `first_step` on, and start to count anew; all ranks call it together."""
