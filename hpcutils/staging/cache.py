@@ -29,13 +29,14 @@ def cache_root(named: str | None = None) -> Path:
 
     Args:
         named: What a job or an option says; it wins over `$HPCUTILS_NODE_CACHE`, and that over a folder of the user's in
-            `$SLURM_TMPDIR`, `$TMPDIR` or `/tmp`.
+            `$SLURM_TMPDIR`, `$TMPDIR` or `/tmp`. In a folder that is not the user's own, a disk for all, one of theirs is taken.
     """
+    own = Path(f"hpcutils-{getpass.getuser()}", "cache")
     named = named or os.environ.get("HPCUTILS_NODE_CACHE")
-    if named:
-        return Path(named).absolute()
-    base = os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
-    return Path(base) / f"hpcutils-{getpass.getuser()}" / "cache"
+    if not named:
+        return Path(os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()) / own
+    folder = Path(named).absolute()
+    return folder if not folder.exists() or folder.stat().st_uid == os.geteuid() else folder / own
 
 
 def free_bytes(root: Path) -> int:

@@ -1,9 +1,11 @@
 """The cache: who uses what, what goes first, what the command line says."""
 
+import getpass
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +52,22 @@ def hpcutils(*words: object) -> dict:
 def dead_owner() -> Owner:
     child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
     return replace(this_process(), pid=int(child.stdout))
+
+
+def test_where_the_cache_is(tmp_path, monkeypatch):
+    own = f"hpcutils-{getpass.getuser()}/cache"
+    for name in ("HPCUTILS_NODE_CACHE", "SLURM_TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", "/some/tmp")
+    assert cache.cache_root() == Path("/some/tmp", own)
+    monkeypatch.setenv("SLURM_TMPDIR", "/local/job7")
+    assert cache.cache_root() == Path("/local/job7", own)
+    monkeypatch.setenv("HPCUTILS_NODE_CACHE", str(tmp_path))
+    assert cache.cache_root() == tmp_path
+    assert cache.cache_root(str(tmp_path / "new")) == tmp_path / "new"
+    # A disk for all belongs to somebody else.
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert cache.cache_root() == tmp_path / own
 
 
 @pytest.mark.parametrize("host", ["node-1", "a", "x-1-2-3"])
