@@ -6,7 +6,10 @@ mpirun -n 4 python staging_ranks.py FOLDER SPEC     SPEC is JSON, see `main`
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from mpi4py import MPI
@@ -40,13 +43,21 @@ def flip_bits(times: int, number: int) -> None:
     ring.Ring.outgoing = outgoing  # type: ignore[method-assign]
 
 
-def fill_disk(number: int) -> None:
-    """Let the disk be full when this rank writes one segment."""
+def full() -> None:
+    raise OSError(28, "No space left on device")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def when_written(size_bytes: int, happens: Callable[[], None]) -> None:
+    """Let something happen when this rank has written so much and is about to write more."""
     honest = landing.Landing._put
 
     def put(self: landing.Landing, piece: object, data: memoryview) -> None:
-        if self.landed_bytes >= number:
-            raise OSError(28, "No space left on device")
+        if self.landed_bytes >= size_bytes:
+            happens()
         honest(self, piece, data)  # type: ignore[arg-type]
 
     landing.Landing._put = put  # type: ignore[method-assign]
@@ -59,7 +70,9 @@ def main() -> None:
     if world.rank == spec.get("flips_on"):
         flip_bits(spec["flips"], spec["segment"])
     if world.rank == spec.get("full_on"):
-        fill_disk(spec["full_after"])
+        when_written(spec["full_after"], full)
+    if world.rank == spec.get("dies_on"):
+        when_written(spec["dies_after"], die)
     settings = Settings(folder / f"node{world.rank}")
     leaders = Leaders(world.Dup(), f"node{world.rank}")
     before = read_bytes()

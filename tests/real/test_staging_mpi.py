@@ -23,11 +23,15 @@ pytestmark = pytest.mark.mpi
 RANK = Path(__file__).with_name("staging_ranks.py")
 
 
-def ranks(count: int, folder: Path, **spec: object) -> list[dict]:
-    """Stage on `count` nodes; return what each said."""
+def run(count: int, folder: Path, **spec: object) -> subprocess.CompletedProcess[str]:
     root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
     argv = [find_mpirun(), *root, "-n", str(count), sys.executable, str(RANK), str(folder), json.dumps(spec)]
-    done = subprocess.run(argv, env=os.environ | LOCAL_ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(argv, env=os.environ | LOCAL_ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def ranks(count: int, folder: Path, **spec: object) -> list[dict]:
+    """Stage on `count` nodes; return what each said."""
+    done = run(count, folder, **spec)
     assert done.returncode == 0, done.stderr
     said = [json.loads(line) for line in done.stdout.splitlines()]
     assert [each["rank"] for each in said] == list(range(count)), done.stderr
@@ -150,3 +154,13 @@ def test_a_source_that_one_node_does_not_see_is_an_error_of_all(tmp_path):
     assert {each["error"] for each in said} == {"DataError"}
     assert all(str(tmp_path / "gone") in each["message"] for each in said)
     check(ranks(3, tmp_path, manifest=str(manifest), source=str(source)), source, tmp_path)
+
+
+@pytest.mark.parametrize("after", [0, 2 * SEGMENT, 6 * SEGMENT])
+def test_a_node_that_is_lost_ends_the_job_and_the_next_one_goes_on(tmp_path, after):
+    source, manifest = make_set(tmp_path)
+    spec = {"manifest": str(manifest), "source": str(source)}
+    assert run(3, tmp_path, **spec, dies_on=1, dies_after=after).returncode != 0
+    for marker in tmp_path.glob("node*/*/*/complete.jsonl"):
+        assert marker.parent.name.startswith(".") or tree_of(marker.parent / "files") == tree_of(source)
+    check(ranks(3, tmp_path, **spec), source, tmp_path)
