@@ -170,19 +170,24 @@ class Verified:
 
 def verify(root: Path, kept: Kept) -> Verified:
     """Hash every segment of a complete dataset again."""
-    folder = Place(root, kept.kind, kept.key).entry
-    wrong = wrong_files(folder)
-    if not wrong and not store.is_intact(folder):
-        wrong = ["(a file's time, or a file too many)"]
-    return Verified(kept, tuple(wrong))
+    return Verified(kept, tuple(trouble(Place(root, kept.kind, kept.key))))
 
 
-def wrong_files(folder: Path) -> list[str]:
-    """Return the files of a complete dataset that do not prove right, each once."""
+def trouble(place: Place) -> list[str]:
+    """Return what is wrong with a complete dataset: files that do not prove right, or what is kept about them."""
     try:
-        return list(dict.fromkeys(_wrong_files(folder)))
+        manifest = read_manifest(place.entry / LIST)
+        first = next(manifest.entries(), None)
+        digest = manifest.digest() if place.kind == "manifest" else (first.sha256 if first is not None else None) or "none"
+        head = store.read_head(place.entry)
+        facts = (manifest.total.files, manifest.total.size_bytes, digest)
+        known = place.kind == "stat" or place.key.startswith(digest)
+        if head is None or (head.files, head.size_bytes, head.digest) != facts or not known:
+            return ["(its list of files, or its marker)"]
+        wrong = list(dict.fromkeys(_wrong_files(place.entry)))
     except SpecError as exc:
         return [exc.message]
+    return wrong or ([] if store.is_intact(place.entry) else ["(a file's time, or a file too many)"])
 
 
 def _wrong_files(folder: Path) -> Iterator[str]:

@@ -41,11 +41,10 @@ def look(dataset: Dataset, place: Place, *, verify: bool = False, take: bool = F
     state: State = "missing"
     folder: Path | None = None
     if place.entry.is_dir():
-        if store.is_intact(place.entry):
+        if not cache.trouble(place) if verify else store.is_intact(place.entry):
             finished = store.read_finished(place.entry, dataset.segment_bytes)
-            if not verify or len(_proved(dataset, place.entry, finished)) == len(list(dataset.segments())):
-                facts = Facts("present", frozenset(finished), dataset.size_bytes, cache.free_bytes(root), _others(place))
-                return Looked(facts, None, finished)
+            facts = Facts("present", frozenset(finished), dataset.size_bytes, cache.free_bytes(root), _others(place))
+            return Looked(facts, None, finished)
         state, folder = "corrupt", (store.put_aside(place) if take else place.entry)
         if folder is not None and take:
             store.prune(folder, (entry.path for entry in dataset.entries()))

@@ -240,7 +240,7 @@ def _warm(place: Place, verify: bool) -> Head | None:
         return None
     with disk_errors(place):
         cache.pin(place)
-    if not store.is_intact(place.entry) or (verify and cache.wrong_files(place.entry)):
+    if not store.is_intact(place.entry) or (verify and cache.trouble(place)):
         return None
     cache.touch(place)
     return store.read_head(place.entry)

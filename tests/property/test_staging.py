@@ -1,15 +1,23 @@
 """Segments and rounds for any dataset and any nodes."""
 
+import io
+import logging
+import os
 import tempfile
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcutils.staging.manifest import Found, write_manifest
+from hpcutils.staging.cache import trouble
+from hpcutils.staging.leaders import Leaders
+from hpcutils.staging.manifest import Found, find_files, write_manifest
 from hpcutils.staging.ring import plan_rounds, rounds_of
 from hpcutils.staging.segments import Segment, cut
+from hpcutils.staging.stage import Settings, stage_manifest
+from hpcutils.staging.store import Place
 
 SIZES = st.lists(st.integers(0, 40), max_size=12)
 
@@ -61,3 +69,48 @@ def test_nobody_reads_more_than_one_segment_more_than_another(count, nodes):
     rounds = plan_rounds(count, [frozenset()] * nodes)
     shares = [sum(numbers[rank] is not None for numbers in rounds) for rank in range(nodes)]
     assert max(shares) - min(shares) <= 1
+
+
+def damage(path: Path, how: str, where: float) -> None:
+    """Change a file as a broken disk does: its time stays."""
+    facts = path.stat()
+    body = bytearray(path.read_bytes())
+    at = int(where * len(body))
+    if how == "remove":
+        path.unlink()
+        return
+    if how == "flip" and body:
+        body[at] ^= 0x10
+    elif how == "cut off":
+        del body[at:]
+    elif how == "more":
+        body[at:at] = b"\0more"
+    path.write_bytes(body)
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
+DAMAGE = st.tuples(st.floats(0, 0.999), st.sampled_from(["remove", "flip", "cut off", "more"]), st.floats(0, 0.999))
+
+
+@given(st.lists(DAMAGE, min_size=1, max_size=3))
+@settings(max_examples=40, deadline=None)
+def test_whatever_happens_to_a_cache_is_found_and_mended(damages):
+    logging.disable()
+    with tempfile.TemporaryDirectory() as name, redirect_stderr(io.StringIO()):
+        folder = Path(name)
+        source = folder / "source"
+        (source / "below").mkdir(parents=True)
+        for number in range(6):
+            (source / "below" / f"{number}").write_bytes(bytes([number]) * (700 * number))
+        manifest = write_manifest(find_files([source]), folder / "m.jsonl", 4096).path
+        wanted = {path.name: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+        entry = stage_manifest(manifest, str(source), Settings(folder / "cache"), Leaders()).files.parent
+        place = Place(folder / "cache", "manifest", entry.name)
+        for which, how, where in damages:
+            files = sorted(path for path in entry.rglob("*") if path.is_file())
+            damage(files[int(which * len(files))], how, where)
+        files = stage_manifest(manifest, str(source), Settings(folder / "cache", verify=True), Leaders()).files
+        assert {path.name: path.read_bytes() for path in files.rglob("*") if path.is_file()} == wanted
+        assert trouble(place) == []
+        assert list((folder / "cache").rglob(".*")) == []
+    logging.disable(logging.NOTSET)
