@@ -69,7 +69,7 @@ class Difference:
         rows += [f"-        {path}" for path in self.only_first]
         rows += [f"+        {path}" for path in self.only_second]
         rows += [f"changed  {path}" for path in self.changed]
-        rows += [f"dates    {len(self.dates)} files differ in their date alone"] if self.dates else []
+        rows += [f"dates    {len(self.dates)} files differ in their date alone, {self.dates[0]} for one"] if self.dates else []
         return rows or ["no difference"]
 
 

@@ -124,7 +124,7 @@ def test_files_differ_by_content_kind_mode_or_date() -> None:
     found = difference({}, {}, first, second)
     assert (found.only_first, found.only_second) == (["/gone"], ["/new"])
     assert (found.changed, found.dates) == (["/content", "/mode"], ["/date"])
-    assert found.lines()[-1] == "dates    1 files differ in their date alone"
+    assert found.lines()[-1] == "dates    1 files differ in their date alone, /date for one"
     assert difference({}, {}, first, first).lines() == ["no difference"]
 
 
