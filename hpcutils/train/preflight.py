@@ -63,20 +63,20 @@ def find_problem(facts: Facts, world: World, *, wants_gpus: bool) -> HpcutilsErr
         old = [name for name in (facts.pmix_server, facts.pmix_client) if numbers(name) < OLDEST_PMIX]
         if old:
             return WorldError(
-                f"{world}: Slurm speaks PMIx {facts.pmix_server}, the image {facts.pmix_client}; {old[0]} understands only its own",
+                f"Slurm speaks PMIx {facts.pmix_server}, the image {facts.pmix_client}; {old[0]} understands only its own",
                 "build the image with the site's PMIx, or ask for 'srun --mpi=list': another plugin may fit",
             )
     needed = SHM_BYTES_A_RANK * world.local_size
     if world.local_size > 1 and (facts.shm_bytes is None or facts.shm_bytes < needed):
         there = "missing, or cannot be written" if facts.shm_bytes is None else f"{facts.shm_bytes >> 20} MiB free"
         return WorldError(
-            f"{world}: /dev/shm: {there}; {world.local_size} ranks of a node need {needed >> 20} MiB",
+            f"/dev/shm: {there}; {world.local_size} ranks of a node need {needed >> 20} MiB",
             "run the container with the node's own /dev/shm (no --contain; Docker: --ipc=host), or clear it",
         )
     if wants_gpus and not facts.gpu_devices:
         given = f"Slurm gave {facts.gpus_given}" if facts.gpus_given else "Slurm gave none"
         return DeviceError(
-            f"{world}: the job wants GPUs and sees the device of none ({given})",
+            f"the job wants GPUs and sees the device of none ({given})",
             "ask for GPUs in train.yaml; in a container they need --nv or --rocm; 'devices: simulated' trains on CPUs",
         )
     return None

@@ -164,7 +164,7 @@ def test_follow_tells_which_rank_was_killed(cluster, image):
             "digits.h5",
         ),
         ({"x": "x: pictures"}, (), 5, "pictures"),
-        ({}, ("--devices", "gpu"), 11, "was to drive 1 GPUs and sees 0"),
+        ({}, ("--devices", "gpu"), 11, "the job wants GPUs and sees the device of none (Slurm gave "),
         ({"function": "function: model.py:nothing"}, (), 2, "has no function 'nothing'"),
         ({"loss": "loss: no_such_loss"}, (), 9, "no_such_loss"),
     ],

@@ -24,7 +24,7 @@ def test_a_good_node_has_no_problem() -> None:
 def test_versions_of_pmix_that_cannot_talk(server: str, client: str) -> None:
     problem = find_problem(dataclasses.replace(GOOD, pmix_server=server, pmix_client=client), WORLD, wants_gpus=True)
     assert isinstance(problem, WorldError)
-    assert f"Slurm speaks PMIx {server}, the image {client}" in problem.message and "rank 1/4 node1" in problem.message
+    assert f"Slurm speaks PMIx {server}, the image {client}" in problem.message
     alone = World(world_size=1)
     assert find_problem(dataclasses.replace(GOOD, pmix_server=server, pmix_client=client), alone, wants_gpus=True) is None
 
