@@ -26,11 +26,13 @@ class SifObject:
     """One object of a SIF.
 
     Args:
+        number: Its number in the list.
         kind: As `apptainer sif list` calls it.
         start: Offset of its first byte.
         end: Offset after its last byte.
     """
 
+    number: int
     kind: str
     start: int
     end: int
@@ -38,8 +40,16 @@ class SifObject:
 
 def parse_listing(listing: str) -> list[SifObject]:
     """Return the objects in the output of `apptainer sif list`."""
-    rows = re.findall(r"^\d+\s*\|[^|]*\|[^|]*\|\s*(\d+)-(\d+)\s*\|(.*)$", listing, re.MULTILINE)
-    return [SifObject(kind.strip(), int(start), int(end)) for start, end, kind in rows]
+    rows = re.findall(r"^(\d+)\s*\|[^|]*\|[^|]*\|\s*(\d+)-(\d+)\s*\|(.*)$", listing, re.MULTILINE)
+    return [SifObject(int(number), kind.strip(), int(start), int(end)) for number, start, end, kind in rows]
+
+
+def parse_name(information: str) -> str:
+    """Return an object's name from the output of `apptainer sif info`; Apptainer finds what it looks for by name."""
+    match = re.search(r"^\s*Name:\s*([\w.-]+)\s*$", information, re.MULTILINE)
+    if match is None:
+        raise ImageError(f"an object of the SIF has no name: {information!r}", "build it again with --force")
+    return match[1]
 
 
 def append_folder(builder: str, image: Path, folder: Path, result: Path, work: Path, date_s: int) -> None:
@@ -62,12 +72,15 @@ def append_folder(builder: str, image: Path, folder: Path, result: Path, work: P
     # No recovery file: it would go to the caller's home, and what is appended to is a copy.
     options = ["-all-root", "-no-recovery", "-no-progress", "-quiet", "-mkfs-time", str(date_s)]
     run(["mksquashfs", str(folder), str(squashfs), *options], error=ImageError)
-    definition, metadata = work / "definition", work / "inspect-metadata.json"
+    definition = work / "definition"
     _extract(image, _only(objects, "Def.FILE", image), definition)
-    _extract(image, _only(objects, "JSON", image), metadata)
     run([builder, "sif", "new", str(result)], error=ImageError)
     _add(builder, result, definition, DEFINITION)
-    _add(builder, result, metadata, JSON)
+    # Of what Apptainer knows of the image; one that stands on an OCI image has that one's configuration, too.
+    for item in (item for item in objects if "JSON" in item.kind):
+        metadata = work / parse_name(run([builder, "sif", "info", str(item.number), str(image)], error=ImageError).stdout)
+        _extract(image, item, metadata)
+        _add(builder, result, metadata, JSON, "--filename", metadata.name)
     # --parttype 2: the file system that is started; --partfs 1: squashfs.
     _add(builder, result, squashfs, PARTITION, "--parttype", "2", "--partfs", "1", "--partarch", _architecture())
     result.chmod(0o755)

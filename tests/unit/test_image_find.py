@@ -11,7 +11,7 @@ import pytest
 from hpcutils.errors import ImageError, RequestError
 from hpcutils.image.exec_line import bind, docker_argv, exec_argv, pyxis_options
 from hpcutils.image.find import find_image, images_folder
-from hpcutils.image.sif import SifObject, parse_listing
+from hpcutils.image.sif import SifObject, parse_listing, parse_name
 
 GOLDEN = Path(__file__).parents[1] / "golden/exec"
 
@@ -86,9 +86,17 @@ def test_a_listing_of_apptainer_is_read() -> None:
         "3    |1       |NONE    |36864-530223104           |FS (Squashfs/*System/amd64)\n"
     )
     assert parse_listing(listing) == [
-        SifObject("Def.FILE", 32176, 33466),
-        SifObject("FS (Squashfs/*System/amd64)", 36864, 530223104),
+        SifObject(1, "Def.FILE", 32176, 33466),
+        SifObject(3, "FS (Squashfs/*System/amd64)", 36864, 530223104),
     ]
+
+
+def test_the_name_of_an_object_is_read() -> None:
+    said = "  ID:        2\n  Type:      JSON.Generic\n  Name:      inspect-metadata.json\n"
+    assert parse_name(said) == "inspect-metadata.json"
+    for bad in ("  ID: 2\n", "  Name: ../../etc/passwd\n"):
+        with pytest.raises(ImageError, match="no name"):
+            parse_name(bad)
 
 
 def test_exec_line_of_docker() -> None:
