@@ -53,17 +53,22 @@ def free_bytes(root: Path) -> int:
 
 def pin(place: Place) -> Path:
     """Say that this process uses a dataset, as long as it lives; returns the pin's file."""
-    folder, prefix = place.root / PINS, f"{place.kind}.{place.key}."
+    folder = place.root / PINS
     folder.mkdir(parents=True, exist_ok=True)
-    mine = (path for path in folder.iterdir() if path.name.startswith(prefix) and is_mine(path.name.removeprefix(prefix)))
-    path = next(mine, folder / f"{prefix}{this_process()}")
+    path = next(iter(_own_pins(place)), folder / f"{place.kind}.{place.key}.{this_process()}")
     path.touch()
     return path
 
 
+def _own_pins(place: Place) -> list[Path]:
+    prefix = f"{place.kind}.{place.key}."
+    return [path for path in (place.root / PINS).glob(f"{prefix}*") if is_mine(path.name.removeprefix(prefix))]
+
+
 def unpin(place: Place) -> None:
-    """Take this process' pin away."""
-    pin(place).unlink()
+    """Take this process' pin away, if there is one."""
+    for path in _own_pins(place):
+        path.unlink()
 
 
 def pins_of(place: Place) -> tuple[str, ...]:

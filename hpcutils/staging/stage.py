@@ -130,6 +130,7 @@ def stage_dataset(
         digest = move.run(started_s)
     except HpcutilsError:
         store.give_up(place)
+        cache.unpin(place)
         raise
     totals = [sum(column) for column in zip(*leaders.gather(move.counts()), strict=True)]
     seconds = time.monotonic() - started_s

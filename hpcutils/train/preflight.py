@@ -74,9 +74,9 @@ def find_problem(facts: Facts, world: World, *, wants_gpus: bool) -> HpcutilsErr
             "run the container with the node's own /dev/shm (no --contain; Docker: --ipc=host), or clear it",
         )
     if wants_gpus and not facts.gpu_devices:
-        given = f"Slurm gave {facts.gpus_given}" if facts.gpus_given else "Slurm gave none"
+        given = f"Slurm gave it number {facts.gpus_given}" if facts.gpus_given else "Slurm gave it none"
         return DeviceError(
-            f"the job wants GPUs and sees the device of none ({given})",
+            f"the job asks for GPUs and this rank sees none ({given})",
             "ask for GPUs in train.yaml; in a container they need --nv or --rocm; 'devices: simulated' trains on CPUs",
         )
     return None

@@ -44,7 +44,7 @@ def test_too_little_shared_memory_is_told_with_the_cause() -> None:
     assert missing is not None and "missing, or cannot be written" in missing.message
 
 
-@pytest.mark.parametrize(("given", "said"), [("0,1", "Slurm gave 0,1"), ("", "Slurm gave none")])
+@pytest.mark.parametrize(("given", "said"), [("0,1", "Slurm gave it number 0,1"), ("", "Slurm gave it none")])
 def test_gpus_that_are_not_seen(given: str, said: str) -> None:
     problem = find_problem(dataclasses.replace(GOOD, gpu_devices=(), gpus_given=given), WORLD, wants_gpus=True)
     assert isinstance(problem, DeviceError)

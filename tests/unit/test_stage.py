@@ -294,3 +294,10 @@ def test_anything_that_fsspec_opens(tmp_path):
         stage_set(manifest, "memory://set", tmp_path / "other")
     with pytest.raises(SpecError, match="nonsense"):
         stage_set(manifest, "nonsense://set", tmp_path / "other")
+
+
+def test_what_could_not_be_staged_is_not_pinned(tmp_path):
+    (tmp_path / "data.bin").write_bytes(b"other bytes")
+    with pytest.raises(IntegrityError):
+        stage(Item("data.bin", str(tmp_path / "data.bin"), "cd" * 32), tmp_path / "cache")
+    assert [path for path in (tmp_path / "cache").rglob("*") if "cdcd" in path.name] == []
