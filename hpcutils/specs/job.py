@@ -52,6 +52,14 @@ class DataFile(Model):
     path: str | None = None
     url: str | None = None
     sha256: str | None = None
+    extract: str | None = None
+
+    @field_validator("extract")
+    @classmethod
+    def _inside(cls, value: str | None) -> str | None:
+        if value is not None and any(part in ("", ".", "..") for part in value.split("/")):
+            raise ValueError(f"the path of a member of the archive was expected, got {value!r}")
+        return value
 
     @field_validator("sha256")
     @classmethod
@@ -89,9 +97,14 @@ class DataFile(Model):
         return self
 
     @property
-    def name(self) -> str:
-        """The file's own name, without its folders."""
+    def stored_name(self) -> str:
+        """The name of what is staged, without its folders: an archive's where a member of one is used."""
         return Path(self.path if self.path is not None else urlsplit(self.url or "").path).name
+
+    @property
+    def name(self) -> str:
+        """The data file's own name, without its folders."""
+        return Path(self.extract).name if self.extract is not None else self.stored_name
 
 
 class Split(Model):

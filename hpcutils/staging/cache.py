@@ -183,11 +183,11 @@ def trouble(place: Place) -> list[str]:
     try:
         manifest = read_manifest(place.entry / LIST)
         first = next(manifest.entries(), None)
-        digest = manifest.digest() if place.kind == "manifest" else (first.sha256 if first is not None else None) or "none"
+        listed = place.kind in ("manifest", "unpacked")
+        digest = manifest.digest() if listed else (first.sha256 if first is not None else None) or "none"
         head = store.read_head(place.entry)
-        facts = (manifest.total.files, manifest.total.size_bytes, digest)
-        known = place.kind == "stat" or place.key.startswith(digest)
-        if head is None or (head.files, head.size_bytes, head.digest) != facts or not known:
+        known = place.kind in ("stat", "unpacked") or place.key.startswith(digest)
+        if head is None or (head.size_bytes, head.digest) != (manifest.total.size_bytes, digest) or not known:
             return ["(its list of files, or its marker)"]
         wrong = list(dict.fromkeys(_wrong_files(place.entry)))
     except SpecError as exc:

@@ -1,6 +1,6 @@
 """The cache on a node's own disk: datasets that appear whole, partials that can be taken up, markers that prove both.
 
-    ROOT/manifest/KEY/  ROOT/sha256/KEY/  ROOT/stat/KEY/        complete datasets
+    ROOT/manifest/KEY/  ROOT/sha256/KEY/  ROOT/stat/KEY/        complete datasets; ROOT/unpacked/KEY/: what an archive holds
         files/…             the files
         segments            a line a segment that was proved: its number and digest
         manifest.jsonl      what must be in `files`
@@ -32,7 +32,7 @@ from hpcutils.staging.archive import flush
 from hpcutils.staging.owner import is_alive, is_mine, owner_in, this_process
 
 FILES, SEGMENTS, LIST, MARKER = "files", "segments", "manifest.jsonl", "complete.jsonl"
-KINDS = ("manifest", "sha256", "stat")
+KINDS = ("manifest", "sha256", "stat", "unpacked")
 PART, TRASH = ".part-", ".trash-"
 PINS = "pins"
 LOOKS, LOOK_AGAIN_S = 3, 0.02
@@ -170,13 +170,13 @@ def is_intact(entry: Path) -> bool:
 
 
 def _facts(folder: Path) -> dict[str, list[int] | None]:
-    """Return size and time of each file of a folder, and `None` for each folder in it."""
+    """Return size and time of each file of a folder (a link has the size -1), and `None` for each folder in it."""
     found: dict[str, list[int] | None] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
             facts = entry.stat(follow_symlinks=False)
-            is_file = stat.S_ISREG(facts.st_mode)
-            found[entry.name] = [facts.st_size, facts.st_mtime_ns] if is_file else None
+            size = facts.st_size if stat.S_ISREG(facts.st_mode) else -1
+            found[entry.name] = None if stat.S_ISDIR(facts.st_mode) else [size, facts.st_mtime_ns]
     return found
 
 

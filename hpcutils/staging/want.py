@@ -19,7 +19,7 @@ def settings_of(job: Job) -> Settings:
 
 def item_of(file: DataFile, job_folder: Path) -> Item:
     """Return a file of `data.files` with its absolute origin."""
-    return Item(file.name, file.url or str((job_folder / (file.path or "")).resolve()), file.sha256)
+    return Item(file.stored_name, file.url or str((job_folder / (file.path or "")).resolve()), file.sha256)
 
 
 def manifest_of(job: Job, job_folder: Path) -> Path | None:
@@ -34,19 +34,19 @@ def source_of(job: Job, job_folder: Path) -> str | None:
 
 
 def listed_in(manifest: Path, files: tuple[DataFile, ...]) -> dict[str, tuple[str, str | None]]:
-    """Return, for the files that a manifest lists, their path in it and their digest, by name.
+    """Return, for the files that a manifest lists, their path in it and their digest, by the file's name.
 
     A file of `data.files` is the one of the same path in the manifest, or else the one of the same name.
     """
-    wanted = {file.path or file.name: file.name for file in files}
-    by_name = {file.name for file in files}
+    wanted = {file.path or file.stored_name: file.name for file in files}
+    by_name = {file.stored_name: file.name for file in files}
     found: dict[str, tuple[str, str | None]] = {}
     for entry in read_manifest(manifest).entries():
         name = wanted.get(entry.path)
         if name is not None:
             found[name] = (entry.path, entry.sha256)
         elif (last := entry.path.rpartition("/")[2]) in by_name:
-            found.setdefault(last, (entry.path, entry.sha256))
+            found.setdefault(by_name[last], (entry.path, entry.sha256))
     return found
 
 

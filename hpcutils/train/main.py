@@ -16,6 +16,7 @@ from hpcutils.rundir import RunDirectory, read_json, write_json
 from hpcutils.specs.job import Job, read_job
 from hpcutils.staging.leaders import Leaders
 from hpcutils.staging.stage import Outcome, Settings, Staged, stage_item, stage_manifest
+from hpcutils.staging.unpacked import unpack_archive
 from hpcutils.staging.want import item_of, listed_in, manifest_of, settings_of, source_of
 from hpcutils.train import devices
 from hpcutils.train.preflight import preflight
@@ -79,13 +80,17 @@ def stage_files(job: Job, job_folder: Path, ranks: Ranks) -> tuple[dict[str, Sta
 
 
 def _stage(job: Job, job_folder: Path, leaders: Leaders) -> tuple[dict[str, Staged], list[Outcome]]:
-    """Stage the manifest, if there is one, and the files that it does not list."""
+    """Stage the manifest, if there is one, and the files that it does not list; unpack what is an archive."""
     settings = leaders.together(lambda: settings_of(job))
     staged, outcomes = _stage_listed(job, job_folder, settings, leaders)
-    for item in (item_of(file, job_folder) for file in job.data.files if file.name not in staged):
-        outcome = stage_item(item, settings, leaders)
-        staged[item.name] = Staged(outcome.files / item.name, outcome.digest, outcome.origin_bytes)
+    for file in (file for file in job.data.files if file.name not in staged):
+        outcome = stage_item(item_of(file, job_folder), settings, leaders)
+        staged[file.name] = Staged(outcome.files / file.stored_name, outcome.digest, outcome.origin_bytes)
         outcomes.append(outcome)
+    for file in (file for file in job.data.files if file.extract is not None):
+        packed = staged[file.name]
+        path = unpack_archive(packed.path, packed.sha256, file.extract or "", settings, leaders)
+        staged[file.name] = Staged(path, packed.sha256, packed.moved_bytes)
     return staged, outcomes
 
 

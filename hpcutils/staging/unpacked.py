@@ -1,0 +1,72 @@
+"""What an archive holds, as a dataset of its own in the cache."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from hpcutils import fs
+from hpcutils.errors import DataError
+from hpcutils.staging import cache, store
+from hpcutils.staging.archive import unpack
+from hpcutils.staging.leaders import Leaders
+from hpcutils.staging.manifest import Found, write_manifest
+from hpcutils.staging.members import Limits
+from hpcutils.staging.move import disk_errors
+from hpcutils.staging.stage import Settings
+from hpcutils.staging.store import FILES, LIST, Head, Place
+
+FORMATS = ("tar", "zip")
+
+
+def unpack_archive(packed: Path, digest: str, member: str, settings: Settings, leaders: Leaders) -> Path:
+    """Unpack a staged archive on every node, unless that was done before; return the path of a member.
+
+    Args:
+        packed: The archive on this node.
+        digest: Its sha256.
+        member: The path in it of the file that is wanted.
+        settings: Where the cache is.
+        leaders: One rank of each node.
+
+    Raises:
+        ArchiveError: It is no archive, is damaged, or holds a member that is refused; see `get_file`.
+        DataError: It has no such member, or the disk refuses. On every leader.
+    """
+    place = Place(settings.root, "unpacked", digest)
+    return leaders.together(lambda: _member(packed, place, member, settings))
+
+
+def _member(packed: Path, place: Place, member: str, settings: Settings) -> Path:
+    with disk_errors(place):
+        cache.pin(place)
+        if not _is_there(place, settings.verify):
+            _unpack(packed, place)
+        cache.touch(place)
+    path = place.files / member
+    if not path.is_file():
+        near = ", ".join(sorted(str(each.relative_to(place.files)) for each in place.files.rglob(f"*{path.suffix}"))[:5])
+        raise DataError(f"{packed.name} has no member {member!r}", f"it has, among others: {near or 'none of that kind'}")
+    return path
+
+
+def _is_there(place: Place, verify: bool) -> bool:
+    return place.entry.is_dir() and (not cache.trouble(place) if verify else store.is_intact(place.entry))
+
+
+def _unpack(packed: Path, place: Place) -> None:
+    """Unpack into a partial, list what came out, and give it its name."""
+    started_s = time.monotonic()
+    for left in place.partials():
+        store.discard(left, place)
+    store.discard(place.entry, place)
+    partial = store.new_partial(place)
+    try:
+        names = unpack(packed, partial / FILES, FORMATS, Limits.of(packed), packed.name)
+        files = (Found(name, partial / FILES / name) for name in names if not (partial / FILES / name).is_symlink())
+        made = write_manifest(files, partial / LIST)
+        size_bytes, seconds = made.total.size_bytes, round(time.monotonic() - started_s, 3)
+        store.complete(partial, place, Head(packed.name, len(names), size_bytes, made.digest(), size_bytes, seconds))
+    except BaseException:
+        fs.remove(partial)
+        raise

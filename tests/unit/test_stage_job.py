@@ -1,0 +1,117 @@
+"""From a job to files on a node: a manifest, files beside it, members of archives."""
+
+import hashlib
+import io
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from staging_samples import left_in
+
+from hpcutils.errors import ArchiveError, DataError, IntegrityError
+from hpcutils.specs.job import load_job
+from hpcutils.staging import cache, store
+from hpcutils.staging.leaders import Leaders
+from hpcutils.staging.manifest import find_files, write_manifest
+from hpcutils.train.main import _stage
+
+BODIES = {"sets/train.h5": os.urandom(5000), "sets/more/readme": b"read me\n", "labels.h5": os.urandom(300)}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HPCUTILS_NODE_CACHE", str(tmp_path / "cache"))
+    job = tmp_path / "job"
+    for name, body in BODIES.items():
+        (job / name).parent.mkdir(parents=True, exist_ok=True)
+        (job / name).write_bytes(body)
+    (job / "model.py").write_text("def build(): ...\n")
+    return job
+
+
+def staged(folder: Path, files: str, x: str, staging: str = "{}"):
+    """Stage what a train.yaml asks for; return the bytes by name and the sizes of the datasets."""
+    (folder / "train.yaml").write_text(
+        f"name: x\ndata: {{files: {files}, x: '{x}:a', y: '{x}:b'}}\nmodel: {{function: model.py:build}}\n"
+        f"training: {{epochs: 1, batch_size: 1, loss: mse}}\nstaging: {staging}\n"
+    )
+    found, outcomes = _stage(load_job(folder / "train.yaml"), folder, Leaders())
+    return {name: file.path.read_bytes() for name, file in found.items()}, [outcome.size_bytes for outcome in outcomes]
+
+
+def test_a_manifest_and_a_file_beside_it(folder):
+    write_manifest(find_files([folder / "sets"]), folder / "m.jsonl")
+    found, sizes = staged(folder, "[{path: sets/train.h5}, {path: labels.h5}]", "train.h5", "{manifest: m.jsonl, source: sets}")
+    assert found == {"train.h5": BODIES["sets/train.h5"], "labels.h5": BODIES["labels.h5"]}
+    assert sizes == [5008, 300]
+
+
+def test_a_manifest_and_a_job_that_contradict_each_other(folder):
+    write_manifest(find_files([folder / "sets"]), folder / "m.jsonl")
+    files = f"[{{path: sets/train.h5, sha256: {'a' * 64}}}]"
+    with pytest.raises(IntegrityError, match=r"train\.yaml and m\.jsonl name different sha256"):
+        staged(folder, files, "train.h5", "{manifest: m.jsonl, source: sets}")
+
+
+def tar(folder: Path, link: bool = True) -> str:
+    with tarfile.open(folder / "set.tar.gz", "w:gz") as archive:
+        archive.add(folder / "sets", "sets")
+        if link:
+            info = tarfile.TarInfo("latest")
+            info.type, info.linkname = tarfile.SYMTYPE, "sets"
+            archive.addfile(info)
+    return hashlib.sha256((folder / "set.tar.gz").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("verify", ["false", "true"])
+def test_a_member_of_an_archive(folder, verify):
+    digest = tar(folder)
+    files = f"[{{path: set.tar.gz, sha256: {digest}, extract: sets/train.h5}}]"
+    for _ in range(2):
+        found, _ = staged(folder, files, "train.h5", f"{{verify: {verify}}}")
+        assert found == {"train.h5": BODIES["sets/train.h5"]}
+    root = folder.parent / "cache"
+    assert [kept.kind for kept in cache.kept_in(root)] == ["sha256", "unpacked"]
+    assert [cache.verify(root, kept).wrong for kept in cache.kept_in(root)] == [(), ()]
+    (member,) = root.glob("unpacked/*/files/sets/train.h5")
+    member.write_bytes(b"changed")
+    assert staged(folder, files, "train.h5")[0] == found
+    assert left_in(root) == []
+
+
+def test_an_archive_that_a_manifest_lists(folder):
+    with zipfile.ZipFile(folder / "sets" / "set.zip", "w") as archive:
+        archive.write(folder / "labels.h5", "in/labels.h5")
+    write_manifest(find_files([folder / "sets"]), folder / "m.jsonl")
+    found, _ = staged(folder, "[{path: sets/set.zip, extract: in/labels.h5}]", "labels.h5", "{manifest: m.jsonl, source: sets}")
+    assert found == {"labels.h5": BODIES["labels.h5"]}
+
+
+def test_a_member_that_is_not_there(folder):
+    tar(folder)
+    with pytest.raises(DataError, match=r"set\.tar\.gz has no member 'sets/other\.h5'") as caught:
+        staged(folder, "[{path: set.tar.gz, extract: sets/other.h5}]", "other.h5")
+    assert caught.value.hint == "it has, among others: sets/train.h5"
+
+
+def test_a_hostile_or_damaged_archive_leaves_nothing(folder):
+    with tarfile.open(folder / "set.tar", "w") as archive:
+        info = tarfile.TarInfo("../../outside")
+        archive.addfile(info, io.BytesIO())
+    (folder / "no.zip").write_bytes(b"PK\3\4 and no more")
+    for name in ("set.tar", "no.zip"):
+        with pytest.raises(ArchiveError):
+            staged(folder, f"[{{path: {name}, extract: outside}}]", "outside")
+        assert list((folder.parent / "cache" / "unpacked").glob("*")) == []
+    assert not (folder.parent / "outside").exists()
+
+
+def test_what_a_killed_job_left_of_an_archive_is_removed(folder):
+    digest = tar(folder)
+    root = folder.parent / "cache"
+    left = root / "unpacked" / f".{digest}{store.PART}{os.uname().nodename}-0-0-none-00000000"
+    (left / "files").mkdir(parents=True)
+    staged(folder, f"[{{path: set.tar.gz, sha256: {digest}, extract: sets/train.h5}}]", "train.h5")
+    assert left_in(root) == []
