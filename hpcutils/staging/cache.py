@@ -136,7 +136,18 @@ def sweep(root: Path) -> int:
                 fs.remove(left)
                 count += 1
         count += sum(evict(place) for place in _places(root, kind) if not (place.entry / MARKER).exists())
+    _sweep_pins(root / PINS)
     return count
+
+
+def _sweep_pins(folder: Path) -> None:
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            # kind.key.owner: only the owner may hold further dots.
+            owner = owner_in(entry.name.split(".", 2)[-1])
+            with contextlib.suppress(FileNotFoundError):
+                if owner is not None and not is_alive(owner, entry.stat().st_mtime):
+                    Path(entry.path).unlink()
 
 
 def _places(root: Path, kind: str) -> list[Place]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hpcutils.staging.manifest import FORMAT, SEGMENT_BYTES, Entry, Manifest
 from hpcutils.staging.segments import Segment, cut
 
-# A file without a manifest is cut as the number of nodes asks for; below this a part is not worth a message of its own.
+# A file without a manifest is cut by its size and the number of nodes; a smaller part is not worth a message of its own.
 SMALLEST_SEGMENT_BYTES = 4 << 20
 
 
@@ -86,11 +86,12 @@ def dataset_of_file(name: str, size_bytes: int, sha256: str | None, identity: st
         size_bytes: Its length.
         sha256: What it must hash to; without one `identity` is what it is known by.
         identity: Where it comes from, its size and its time.
-        nodes: How many share the reading: a file too small for so many whole segments is cut smaller.
+        nodes: How many share the reading.
     """
     # The same bytes under two names are two datasets: whoever opens one looks for its name.
     mark = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8]
     kind, key = ("sha256", f"{sha256}-{mark}") if sha256 is not None else ("stat", hashlib.sha256(identity.encode()).hexdigest())
-    share = -(-size_bytes // (4 * nodes)) if nodes > 1 else SEGMENT_BYTES
+    # A few segments a node at least: reading, moving, writing and hashing go on at the same time, each on another one.
+    share = -(-size_bytes // (16 * nodes))
     segment = min(SEGMENT_BYTES, max(SMALLEST_SEGMENT_BYTES, -(-share // (1 << 20)) << 20))
     return Dataset(name, kind, key, segment, entry=Entry(name, size_bytes, sha256))

@@ -209,20 +209,23 @@ class WebOrigin:
             self._position += count
 
     def size_bytes(self, path: str) -> int | None:
-        """Ask for the file's length."""
+        """Ask for the file, and return its length; who reads from its beginning next goes on in the same answer."""
         failures = 0
         while True:
             try:
-                source = self._opened(self._locate(path), None)
-                source.close()
-                return source.total_bytes
+                self.close()
+                self._url, self._position = self._locate(path), 0
+                self._source = self._opened(self._url, None)
+                return self._source.total_bytes
             except Broken as exc:
                 failures += 1
                 self._wait(Piece(path, 0, 0, 0, 0), failures, exc)
 
     def knows_ranges(self, path: str, total_bytes: int) -> bool:
         """Say whether parts of the file can be had: else one reads it all."""
-        self.size_bytes(path)
+        if self._validator is None:
+            self.size_bytes(path)
+        self.close()
         if self._validator is None or total_bytes < 2:
             return False
         with contextlib.suppress(Broken):

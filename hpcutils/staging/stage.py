@@ -5,6 +5,7 @@ look (each node) ─► plan (pure) ─► rounds (pure) ─► load ─► ring
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,14 @@ class Outcome:
 
 
 def stage_dataset(
-    dataset: Dataset, base: str, settings: Settings, leaders: Leaders, *, single: bool = False, whole: bool = False
+    dataset: Dataset,
+    base: str,
+    settings: Settings,
+    leaders: Leaders,
+    *,
+    single: bool = False,
+    whole: bool = False,
+    origin: Origin | None = None,
 ) -> Outcome:
     """Have `dataset` on every node; each leader calls it with the same arguments.
 
@@ -112,6 +120,7 @@ def stage_dataset(
         leaders: One rank of each node.
         single: See `base`.
         whole: The first leader reads it all.
+        origin: What `base` was opened as already.
 
     Raises:
         DataError: The source cannot be read, or a node has no room. On every leader.
@@ -124,7 +133,7 @@ def stage_dataset(
         haves = leaders.gather(None if looked.facts.state == "present" else looked.facts.have)
         if all(have is None for have in haves):
             return _already(dataset, place, started_s, leaders)
-        origin = origin_of(base, bounded=leaders.size > 1, single=single)
+        origin = origin or origin_of(base, bounded=leaders.size > 1, single=single)
         divisible = not whole and _is_divisible(origin, dataset, leaders)
         move = Move(dataset, place, looked, origin, leaders, plan_rounds(dataset.segment_count, haves, divisible=divisible))
         digest = move.run(started_s)
@@ -208,12 +217,14 @@ def stage_item(item: Item, settings: Settings, leaders: Leaders) -> Outcome:
         place = place_of(dataset, settings.root)
         if None not in leaders.gather(leaders.together(lambda: _warm(place, settings.verify))):
             return _already(dataset, place, started_s, leaders)
-    facts = leaders.together(lambda: facts_of(item) if leaders.rank == 0 else (0, ""))
-    size_bytes, identity = leaders.gather(facts)[0]
-    if size_bytes is None:
-        return _download_first(item, settings, leaders)
-    dataset = dataset_of_file(item.name, size_bytes, item.sha256, identity, leaders.size)
-    return stage_dataset(dataset, item.origin, settings, leaders, single=True)
+    origin = origin_of(item.origin, bounded=leaders.size > 1, single=True)
+    with contextlib.closing(origin):
+        facts = leaders.together(lambda: facts_of(item, origin) if leaders.rank == 0 else (0, ""))
+        size_bytes, identity = leaders.gather(facts)[0]
+        if size_bytes is None:
+            return _download_first(item, settings, leaders)
+        dataset = dataset_of_file(item.name, size_bytes, item.sha256, identity, leaders.size)
+        return stage_dataset(dataset, item.origin, settings, leaders, single=True, origin=origin)
 
 
 def _download_first(item: Item, settings: Settings, leaders: Leaders) -> Outcome:
@@ -247,11 +258,9 @@ def _warm(place: Place, verify: bool) -> Head | None:
     return store.read_head(place.entry)
 
 
-def facts_of(item: Item) -> tuple[int | None, str]:
+def facts_of(item: Item, origin: Origin) -> tuple[int | None, str]:
     """Return a file's length (`None` where the server does not say), and what it is known by where no digest says more."""
-    origin = origin_of(item.origin, single=True)
     size_bytes = origin.size_bytes(item.name)
-    origin.close()
     changed = Path(item.origin).stat().st_mtime_ns if item.origin.startswith("/") else 0
     return size_bytes, f"{item.origin}\0{size_bytes}\0{changed}"
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from hpcutils.specs.job import DataFile, Job
 from hpcutils.staging.cache import cache_root
 from hpcutils.staging.dataset import Dataset, dataset_of_file, dataset_of_manifest
 from hpcutils.staging.manifest import read_manifest
+from hpcutils.staging.origins import origin_of
 from hpcutils.staging.stage import Item, Settings, facts_of
 
 
@@ -56,6 +58,7 @@ def datasets_of(job: Job, job_folder: Path) -> list[Dataset]:
     listed = {} if manifest is None else listed_in(manifest, job.data.files)
     datasets = [] if manifest is None else [dataset_of_manifest(read_manifest(manifest))]
     for item in (item_of(file, job_folder) for file in job.data.files if file.name not in listed):
-        size_bytes, identity = facts_of(item)
+        with contextlib.closing(origin_of(item.origin, single=True)) as origin:
+            size_bytes, identity = facts_of(item, origin)
         datasets.append(dataset_of_file(item.name, size_bytes or 0, item.sha256, identity))
     return datasets

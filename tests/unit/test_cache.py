@@ -117,6 +117,18 @@ def test_the_pin_of_a_dead_process_is_none(tmp_path):
     assert cache.evict(place)
 
 
+def test_pins_of_dead_processes_are_swept_though_their_dataset_went(tmp_path):
+    pins = tmp_path / "pins"
+    mine = cache.pin(Place(tmp_path, "manifest", "k"))
+    (pins / f"manifest.gone.{dead_owner()}").touch()
+    (pins / f"sha256.gone.{replace(dead_owner(), host='node1.cluster.example')}").touch()
+    cache.sweep(tmp_path)
+    assert sorted(path.name for path in pins.iterdir()) == sorted(
+        [mine.name, *(path.name for path in pins.glob("*node1.cluster.example*"))]
+    )
+    assert len(list(pins.iterdir())) == 2
+
+
 def test_a_process_pins_once(tmp_path):
     place = Place(tmp_path, "manifest", "k")
     assert cache.pin(place) == cache.pin(place)
