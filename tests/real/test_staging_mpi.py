@@ -14,6 +14,7 @@ import pytest
 
 # The samples are shared with the unit tests, which are not a package.
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from servers import chunked, honest, ignores_range, serving
 from staging_samples import SEGMENT, left_in, make_set, tree_of
 
 from hpcutils.launch.local import LOCAL_ENVIRONMENT, find_mpirun
@@ -74,6 +75,22 @@ def test_a_file_without_a_manifest(tmp_path):
         for each in said:
             assert (Path(each["files"]) / "x.h5").read_bytes() == body
             assert (each["digest"], each["origin_bytes"]) == (hashlib.sha256(body).hexdigest(), len(body))
+
+
+@pytest.mark.parametrize("server", ["honest", "no ranges", "no length"])
+def test_a_file_of_a_web_server(tmp_path, server):
+    body = os.urandom((14 << 20) + 17)
+    quirk = {"honest": honest, "no ranges": ignores_range(), "no length": chunked()}[server]
+    with serving() as site:
+        site.repeat_last = True
+        item = {"name": "x.h5", "origin": site.put("/x.h5", body, quirk), "sha256": hashlib.sha256(body).hexdigest()}
+        said = ranks(3, tmp_path, item=item)
+    for each in said:
+        assert (Path(each["files"]) / "x.h5").read_bytes() == body
+        assert each["origin_bytes"] == len(body)
+    if server == "honest":
+        # One request to learn the length, one to see whether ranges are known, and then each leader's part.
+        assert {asked for asked in site.ranges() if asked} >= {"bytes=1-1", f"bytes={4 << 20}-{(8 << 20) - 1}"}
 
 
 def test_nodes_that_have_it_give_it_to_those_that_lack_it(tmp_path):

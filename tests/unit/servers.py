@@ -122,14 +122,17 @@ def etag_of(body: bytes) -> str:
 def honest(handler: Handler, body: bytes, etag: str | None = None, stop_after: int | None = None) -> None:
     """Answer as RFC 9110 has it: ETag, Range and If-Range; optionally stop in the middle of the body."""
     etag = etag or etag_of(body)
-    asked = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
-    start = int(asked[1]) if asked and handler.headers.get("If-Range", etag) == etag else 0
+    asked = re.fullmatch(r"bytes=(\d+)-(\d*)", handler.headers.get("Range", ""))
+    asked = asked if handler.headers.get("If-Range", etag) == etag else None
+    start = int(asked[1]) if asked else 0
+    end = min(int(asked[2]) + 1, len(body)) if asked and asked[2] else len(body)
     if start and start >= len(body):
         handler.head(416, Content_Range=f"bytes */{len(body)}", Content_Length=0)
         return
-    content_range = f"bytes {start}-{len(body) - 1}/{len(body)}" if start else None
-    rest = body[start:]
-    handler.head(206 if start else 200, Content_Length=len(rest), ETag=etag, Content_Range=content_range)
+    partial = start > 0 or end < len(body)
+    content_range = f"bytes {start}-{end - 1}/{len(body)}" if partial else None
+    rest = body[start:end]
+    handler.head(206 if partial else 200, Content_Length=len(rest), ETag=etag, Content_Range=content_range)
     handler.wfile.write(rest[:stop_after])
 
 
