@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import stat
@@ -57,8 +58,10 @@ def tree() -> None:
 def python_sizes() -> dict[str, int]:
     sizes = {}
     for package in importlib.metadata.distributions():
-        there = [str(package.locate_file(file)) for file in package.files or ()]
-        sizes[package.metadata["Name"]] = sum(os.lstat(path).st_size for path in there if os.path.lexists(path))
+        listed = {str(package.locate_file(file)) for file in package.files or ()}
+        # Compiled after it was installed: its record does not know of these.
+        compiled = {importlib.util.cache_from_source(path) for path in listed if path.endswith(".py")}
+        sizes[package.metadata["Name"]] = sum(size_of(path) for path in listed | compiled)
     return sizes
 
 

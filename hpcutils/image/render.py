@@ -22,9 +22,12 @@ PYTHON = f"{ENVIRONMENT}/bin/python3"
 SOURCE = "/hpcutils-src"
 WHEELS_MARK = "/mnt/wheels/.complete"
 BASE_ARCHIVE = "base.tar"
+# The date that a base gives to its own files.
+DATE = "2025-01-01 00:00:00 UTC"
 
 PIP = f"{ENVIRONMENT}/bin/pip"
-PIP_INSTALL = (PIP, "install", "--no-cache-dir", "--no-deps", "--require-hashes", "--only-binary=:all:")
+# Compiled in one go afterwards: pip would write the hour of the build into each file.
+PIP_INSTALL = (PIP, "install", "--no-cache-dir", "--no-compile", "--no-deps", "--require-hashes", "--only-binary=:all:")
 PIP_WHEEL = (
     *(PIP, "wheel", "--no-cache-dir", "--no-deps", "--require-hashes", "--no-binary=:all:", "--no-build-isolation"),
     "--wheel-dir=/opt/wheels",
@@ -67,7 +70,7 @@ def stages(recipe: Recipe) -> tuple[Stage, Stage]:
     """Return the two stages of an image: one that compiles, and the image itself, which takes only the result."""
     compiled = (_compile(recipe), _install_compiled()) if recipe.compile.packages else ()
     base = _base_packages(recipe)
-    compiling = Stage("python", (*base, _install_locked(), *compiled, _remove_pip()))
+    compiling = Stage("python", (*base, _install_locked(), *compiled, _settle_environment()))
     steps = (*base, _system(recipe), *_modes(recipe), _paths(recipe))
     return compiling, Stage("image", tuple(step for step in steps if step.lines), taken=ENVIRONMENT)
 
@@ -169,20 +172,34 @@ def _variable(package: CompiledPackage) -> str:
 
 
 def _install_compiled() -> Step:
-    line = f"{PIP} install --no-cache-dir --no-deps --no-index /opt/wheels/*.whl"
+    line = f"{PIP} install --no-cache-dir --no-compile --no-deps --no-index /opt/wheels/*.whl"
     return Step("the compiled packages", (line,))
 
 
-def _remove_pip() -> Step:
-    return Step("nothing is installed into a finished image", (f"{PIP} uninstall --yes pip",), False)
+def _settle_environment() -> Step:
+    """Equal packages become equal files: compiled by content, not by date, and all of one date."""
+    lines = (
+        f"{PIP} uninstall --yes pip",
+        # Some packages have templates that are no Python; pip passes over them, too.
+        f"python3 -m compileall -q -f -j 0 --invalidation-mode unchecked-hash {ENVIRONMENT}/lib >/dev/null || true",
+        _dated(ENVIRONMENT),
+    )
+    return Step("nothing is installed into a finished image; compiled files, and dates", lines, False)
+
+
+def _dated(*folders: str) -> str:
+    """Return the line that gives whatever was written just now the one date that files without a date of their own have."""
+    return f"find {' '.join(folders)} -xdev -newermt '{DATE}' -exec touch -h -d '{DATE}' {{}} +"
 
 
 def _system(recipe: Recipe) -> Step:
     # A squashfs keeps whole seconds, fontconfig's index keeps nanoseconds: without this every `dot` would index the fonts anew,
     # and complain that it cannot keep the result.
-    fonts = "if command -v fc-cache; then find /usr/share/fonts -type d -exec touch -d '2025-01-01 UTC' {} +; fc-cache -sf; fi"
+    folders = "/usr/share/fonts /usr/local/share/fonts"
+    dated = f"mkdir -p {folders}; find {folders} -type d -exec touch -d '{DATE}' {{}} +"
+    fonts = f"if command -v fc-cache; then {dated}; fc-cache -sf; fi"
     install = _apt_install(recipe.system.packages)
-    return Step("system packages", (*install, fonts) if install else ())
+    return Step("system packages", (*install, fonts, _dated("/etc/fonts", "/usr", "/var")) if install else ())
 
 
 def _modes(recipe: Recipe) -> tuple[Step, ...]:

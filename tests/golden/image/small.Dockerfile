@@ -13,8 +13,8 @@ RUN --mount=type=bind,from=build,target=/mnt \
     export DEBIAN_FRONTEND=noninteractive; \
     if [ -e /mnt/settings.sh ]; then . /mnt/settings.sh; fi; \
     python3 -m venv /opt/hpcutils-env; \
-    /opt/hpcutils-env/bin/pip install --no-cache-dir --no-deps --require-hashes --only-binary=:all: --requirement \
-        /mnt/locks/packages.txt
+    /opt/hpcutils-env/bin/pip install --no-cache-dir --no-compile --no-deps --require-hashes --only-binary=:all: \
+        --requirement /mnt/locks/packages.txt
 
 # some-thing 1.0, compiled against the packages above
 RUN --mount=type=bind,from=build,target=/mnt \
@@ -24,8 +24,8 @@ RUN --mount=type=bind,from=build,target=/mnt \
     if [ -e /mnt/wheels/.complete ]; then \
         cp -r /mnt/wheels /opt/wheels; \
     else \
-        /opt/hpcutils-env/bin/pip install --no-cache-dir --no-deps --require-hashes --only-binary=:all: --target \
-            /opt/tools --requirement /mnt/locks/tools.txt; \
+        /opt/hpcutils-env/bin/pip install --no-cache-dir --no-compile --no-deps --require-hashes --only-binary=:all: \
+            --target /opt/tools --requirement /mnt/locks/tools.txt; \
         export PYTHONPATH=/opt/tools MAKEFLAGS=-j$(nproc); \
         env FLAGS='-O2 -DNAME='"'"'x'"'"'' /opt/hpcutils-env/bin/pip wheel --no-cache-dir --no-deps --require-hashes \
             --no-binary=:all: --no-build-isolation --wheel-dir=/opt/wheels --requirement \
@@ -42,12 +42,14 @@ RUN --mount=type=bind,from=build,target=/mnt \
     set -eu; \
     export DEBIAN_FRONTEND=noninteractive; \
     if [ -e /mnt/settings.sh ]; then . /mnt/settings.sh; fi; \
-    /opt/hpcutils-env/bin/pip install --no-cache-dir --no-deps --no-index /opt/wheels/*.whl
+    /opt/hpcutils-env/bin/pip install --no-cache-dir --no-compile --no-deps --no-index /opt/wheels/*.whl
 
-# nothing is installed into a finished image
+# nothing is installed into a finished image; compiled files, and dates
 RUN \
     set -eu; \
-    /opt/hpcutils-env/bin/pip uninstall --yes pip
+    /opt/hpcutils-env/bin/pip uninstall --yes pip; \
+    python3 -m compileall -q -f -j 0 --invalidation-mode unchecked-hash /opt/hpcutils-env/lib >/dev/null || true; \
+    find /opt/hpcutils-env -xdev -newermt '2025-01-01 00:00:00 UTC' -exec touch -h -d '2025-01-01 00:00:00 UTC' {} +
 
 FROM base AS image
 COPY --from=python /opt/hpcutils-env /opt/hpcutils-env

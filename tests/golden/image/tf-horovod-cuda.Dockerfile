@@ -13,8 +13,8 @@ RUN --mount=type=bind,from=build,target=/mnt \
     export DEBIAN_FRONTEND=noninteractive; \
     if [ -e /mnt/settings.sh ]; then . /mnt/settings.sh; fi; \
     python3 -m venv /opt/hpcutils-env; \
-    /opt/hpcutils-env/bin/pip install --no-cache-dir --no-deps --require-hashes --only-binary=:all: --requirement \
-        /mnt/locks/packages.txt
+    /opt/hpcutils-env/bin/pip install --no-cache-dir --no-compile --no-deps --require-hashes --only-binary=:all: \
+        --requirement /mnt/locks/packages.txt
 
 # h5py 3.14.0 and horovod 0.28.1, compiled against the packages above
 RUN --mount=type=bind,from=build,target=/mnt \
@@ -28,9 +28,10 @@ RUN --mount=type=bind,from=build,target=/mnt \
         apt-get install --yes --no-install-recommends cmake g++ libfarmhash-dev libhdf5-openmpi-dev libhighwayhash-dev \
             libopenmpi-dev make pkg-config python3-dev; \
         rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/cache/ldconfig/* /var/log/*; \
-        /opt/hpcutils-env/bin/pip install --no-cache-dir --no-deps --require-hashes --only-binary=:all: --target \
-            /opt/tools --requirement /mnt/locks/tools.txt; \
+        /opt/hpcutils-env/bin/pip install --no-cache-dir --no-compile --no-deps --require-hashes --only-binary=:all: \
+            --target /opt/tools --requirement /mnt/locks/tools.txt; \
         ln -s lib /opt/tools/nvidia/cu13/lib64; \
+        ln -s libcudart.so.13 /opt/tools/nvidia/cu13/lib/libcudart.so; \
         ln -s /opt/hpcutils-env/lib/python3.11/site-packages/nvidia/nccl/lib/libnccl.so.2 /opt/tools/libnccl.so; \
         export PYTHONPATH=/opt/tools MAKEFLAGS=-j$(nproc); \
         env CC=mpicc HDF5_MPI=ON HDF5_DIR=/usr/lib/x86_64-linux-gnu/hdf5/openmpi /opt/hpcutils-env/bin/pip wheel \
@@ -57,12 +58,14 @@ RUN --mount=type=bind,from=build,target=/mnt \
     set -eu; \
     export DEBIAN_FRONTEND=noninteractive; \
     if [ -e /mnt/settings.sh ]; then . /mnt/settings.sh; fi; \
-    /opt/hpcutils-env/bin/pip install --no-cache-dir --no-deps --no-index /opt/wheels/*.whl
+    /opt/hpcutils-env/bin/pip install --no-cache-dir --no-compile --no-deps --no-index /opt/wheels/*.whl
 
-# nothing is installed into a finished image
+# nothing is installed into a finished image; compiled files, and dates
 RUN \
     set -eu; \
-    /opt/hpcutils-env/bin/pip uninstall --yes pip
+    /opt/hpcutils-env/bin/pip uninstall --yes pip; \
+    python3 -m compileall -q -f -j 0 --invalidation-mode unchecked-hash /opt/hpcutils-env/lib >/dev/null || true; \
+    find /opt/hpcutils-env -xdev -newermt '2025-01-01 00:00:00 UTC' -exec touch -h -d '2025-01-01 00:00:00 UTC' {} +
 
 FROM base AS image
 COPY --from=python /opt/hpcutils-env /opt/hpcutils-env
@@ -76,7 +79,8 @@ RUN --mount=type=bind,from=build,target=/mnt \
     apt-get install --yes --no-install-recommends graphviz libhdf5-openmpi-103-1 libhdf5-openmpi-hl-100 \
         openmpi-bin; \
     rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/cache/ldconfig/* /var/log/*; \
-    if command -v fc-cache; then find /usr/share/fonts -type d -exec touch -d '2025-01-01 UTC' {} +; fc-cache -sf; fi
+    if command -v fc-cache; then mkdir -p /usr/share/fonts /usr/local/share/fonts; find /usr/share/fonts /usr/local/share/fonts -type d -exec touch -d '2025-01-01 00:00:00 UTC' {} +; fc-cache -sf; fi; \
+    find /etc/fonts /usr /var -xdev -newermt '2025-01-01 00:00:00 UTC' -exec touch -h -d '2025-01-01 00:00:00 UTC' {} +
 
 # where Python finds the packages, and hpcutils' own code, which comes last
 RUN \
