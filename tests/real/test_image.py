@@ -432,6 +432,12 @@ def test_the_same_recipe_for_docker_and_on_top_of_an_archive(built: dict[str, An
     sif = json.loads(as_user(*words, **variables).stdout)
     assert sif["made"] == ["environment", "code"]
     assert inside(sif, "cat", "/etc/motd") == "another\n"
+    # Built again from nothing, every file is the same, dates included. (What is drawn from chance by the tools would be told.)
+    shutil.copy(sif["path"], home / "before.sif")
+    again = json.loads(as_user(*words, "--force", **variables).stdout)
+    assert (again["path"], again["made"]) == (sif["path"], ["environment", "code"])
+    said = as_user("hpcutils", "image", "diff", str(home / "before.sif"), again["path"], "--files", "--json", **variables).stdout
+    assert {key: value for key, value in json.loads(said).items() if key not in ("inputs", "packages") and value} == {}
     Path(archive["path"]).write_bytes(b"another")
     refused = as_user(*words, "--force", check=False, **variables)
     assert refused.returncode == ImageError.exit_code and "the recipe says" in refused.stderr
