@@ -35,7 +35,7 @@ Bytes: TypeAlias = NDArray[np.uint8]
 CACHE_LEAST_BYTES, CACHE_MOST_BYTES, CACHE_SHARE = 128 << 20, 1 << 30, 32
 MAX_THREADS = 8
 # Elements that are unshuffled at once: with what is made on the way they fit into a core's second-level cache.
-UNSHUFFLE_ITEMS = 1 << 15
+UNSHUFFLE_ITEMS = 1 << 16
 
 # Registered numbers of the filters that are undone here (H5Z_FILTER_DEFLATE, H5Z_FILTER_SHUFFLE in H5Zpublic.h).
 DEFLATE, SHUFFLE = 1, 2

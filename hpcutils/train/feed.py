@@ -57,6 +57,7 @@ class Feed(Sequence):
     Attributes:
         certificate: Count, sum and xor of the samples that this rank's steps have used in this epoch.
         first_step: The step that this epoch began with.
+        asked_at: The clock (`time.perf_counter`) when the first batch of the epoch was asked for.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Feed(Sequence):
         self.source, self.order = source, order
         self.normalizer, self.classes = normalizer, classes
         self.certificate = Certificate()
-        self.first_step = 0
+        self.first_step, self.asked_at = 0, 0.0
         self._epoch: Epoch | None = None
         # Of each batch that was made and not used yet: when it was ready, and the certificate with it.
         self._made: deque[tuple[float, Certificate]] = deque()
@@ -100,6 +101,7 @@ class Feed(Sequence):
         if epoch is None:
             yield from [self.example()] * len(self)
             return
+        self.asked_at = time.perf_counter()
         for step in range(self.first_step, len(self)):
             if self._epoch is not epoch:
                 return

@@ -63,7 +63,9 @@ class Tally:
         self._sums_before = np.array(progress.sums) if progress is not None and progress.sums else np.zeros(())
 
     def _after_call(self, started: float, ended: float, steps: int) -> None:
-        self.wait_s += waited_s(started, ended, [self.feed.used() for _ in range(steps)])
+        # The first call compiles the step before it asks for a batch.
+        asked = max(started, self.feed.asked_at)
+        self.wait_s += waited_s(asked, ended, [self.feed.used() for _ in range(steps)])
 
     def _before_last_step(self) -> None:
         self._before = {id(variable): values_of(variable) for variable in self.model.metrics_variables}
