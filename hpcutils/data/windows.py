@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from hpcutils.data.hdf5 import HDF5Matrix
 from hpcutils.data.order import Cut, Order
 from hpcutils.data.schedule import Task, epoch_order, plan_memory, schedule
+from hpcutils.data.shards import Window
 from hpcutils.data.shared import SharedMemory, rounded, threads_may_call_mpi
 from hpcutils.errors import DataError
 
@@ -188,13 +189,16 @@ class WindowReader:
         """Decode the chunks of a window into its slot and say that it is there."""
         order = self.order
         window = epoch_order(order.layout, order.seed, task.epoch, order.shuffle).window(task.shard, task.window)
-        borders = (window.offsets + task.slot * self.plan.slot_rows).tolist()
+        self._fill(task, window, (window.offsets + task.slot * self.plan.slot_rows).tolist())
+        self._memory.sync()
+        self._ready[task.slot] = task.number + 1
+
+    def _fill(self, task: Task, window: Window, borders: list[int]) -> None:
+        """Decode each chunk of a window to the rows between its borders."""
         for start, low, high in zip(window.starts.tolist(), borders, borders[1:], strict=False):
             chunks = [matrix.read_into(start, rows[low:high]) for matrix, rows in zip(self.matrices, self._rows, strict=True)]
             with self._take:
                 self._counted[task.epoch] += chunks[0]
-        self._memory.sync()
-        self._ready[task.slot] = task.number + 1
 
     def _gathered(self, cut: Cut, epoch: int, step: int) -> list[NDArray[Any]]:
         """Wait until all windows of a cut are in their slots and copy its rows from there."""

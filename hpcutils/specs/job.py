@@ -135,7 +135,7 @@ class Data(Model):
     split: Split = Split()
     normalizer: str | None = None
     classes: Annotated[int, Field(ge=2)] | None = None
-    read: Literal["window", "independent"] = "window"
+    read: Literal["window", "mpio", "independent"] = "window"
     make: str | None = None
 
     @field_validator("files", mode="before")

@@ -2,6 +2,7 @@
 
 memory        the datasets fit: a node's ranks decode them together, once, before the first step
 window        they do not: a node's ranks decode them window after window, each chunk once an epoch, ahead of the steps
+mpio          as window, by collective MPI-IO between the steps
 independent   each rank reads its own samples from the file; no memory is shared
 """
 
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from hpcutils.data.collective import CollectiveReader, check_parallel_hdf5
 from hpcutils.data.hdf5 import HDF5Matrix
 from hpcutils.data.node import NodeArray
 from hpcutils.data.order import Cut, Order, Seat
@@ -24,7 +26,7 @@ from hpcutils.log import LOGGER
 from hpcutils.train.feed import Source
 from hpcutils.train.ranks import Ranks
 
-Mode = Literal["memory", "window", "independent"]
+Mode = Literal["memory", "window", "mpio", "independent"]
 Array = NDArray[Any]
 
 # Data may take this part of the memory that is free on the node when the job starts.
@@ -81,7 +83,7 @@ def plan_reading(
         y: The labels.
         order: With the seat that cuts by count.
         by_node: The seat where nodes own shards.
-        read: `window` or `independent`, from train.yaml.
+        read: `window`, `mpio` or `independent`, from train.yaml.
         budget_bytes: What the data may take of a node's memory.
     """
     if read == "independent":
@@ -94,7 +96,7 @@ def plan_reading(
     small = y.nbytes <= budget_bytes // 8
     needed = window_bytes(owned, x.row_bytes + (0 if small else y.row_bytes)) + (y.nbytes if small else 0)
     if needed <= budget_bytes:
-        return ReadPlan("window", small, owned, needed), None
+        return ReadPlan("mpio" if read == "mpio" else "window", small, owned, needed), None
     short = f"windows need {needed / 2**20:.0f} MiB of a node's memory and may take {budget_bytes / 2**20:.0f}"
     return ReadPlan("independent", False, order, 0), short
 
@@ -142,12 +144,13 @@ class WindowSource:
         epochs: Of the job.
     """
 
-    mode = "window"
-
     def __init__(self, x: HDF5Matrix, y: HDF5Matrix, plan: ReadPlan, node: Any, epochs: int) -> None:
         self._x, self._y = x, y
         self._labels = NodeArray(y, node) if plan.y_in_memory else None
-        self._reader = WindowReader([x] if plan.y_in_memory else [x, y], plan.order, node, epochs)
+        matrices = [x] if plan.y_in_memory else [x, y]
+        together = plan.mode == "mpio" and node is not None
+        self.mode: str = plan.mode
+        self._reader = (CollectiveReader if together else WindowReader)(matrices, plan.order, node, epochs)
 
     def begin(self, epoch: int, first_step: int) -> None:
         self._reader.begin(epoch, first_step)
@@ -190,7 +193,9 @@ def open_source(x: HDF5Matrix, y: HDF5Matrix, order: Order, ranks: Ranks, read: 
     if short is not None and ranks.world.rank == 0:
         LOGGER.warning("%s: each rank reads for itself, and chunks are decoded more than once", short)
     agree(plan, (x, y), ranks)
-    if plan.mode == "window":
+    if plan.mode == "mpio":
+        ranks.together(check_parallel_hdf5)
+    if plan.mode in ("window", "mpio"):
         return WindowSource(x, y, plan, ranks.node_comm, epochs), plan
     return RowSource(x, y, ranks.node_comm, plan.mode == "memory"), plan
 

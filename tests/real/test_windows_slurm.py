@@ -49,6 +49,14 @@ def test_each_chunk_once_a_node_where_batches_are_cut_by_count(cluster, folder):
     assert said["chunks"] == [2 * said["all"]] * 3
 
 
+def test_mpio_is_collective(cluster, folder):
+    """HDF5 itself says so after each read, on a compressed and on a contiguous dataset."""
+    said = read(cluster, folder, "mpio=1")
+    assert said["chunks"] == [said["all"]] * 3
+    assert said["reads"]["collective"] > 0
+    assert said["reads"]["other"] == 0
+
+
 def test_without_threads(cluster, folder):
     said = read(cluster, folder, "background=0")
     assert said["chunks"] == [said["all"]] * 3
