@@ -57,6 +57,7 @@ class Feed(Sequence):
     Attributes:
         certificate: Count, sum and xor of the samples that this rank's steps have used in this epoch.
         first_step: The step that this epoch began with.
+        failure: What ended `batches()`: TensorFlow passes on only its text.
         asked_at: The clock (`time.perf_counter`) when the first batch of the epoch was asked for.
     """
 
@@ -72,6 +73,7 @@ class Feed(Sequence):
         self.normalizer, self.classes = normalizer, classes
         self.certificate = Certificate()
         self.first_step, self.asked_at = 0, 0.0
+        self.failure: Exception | None = None
         self._epoch: Epoch | None = None
         # Of each batch that was made and not used yet: when it was ready, and the certificate with it.
         self._made: deque[tuple[float, Certificate]] = deque()
@@ -105,7 +107,11 @@ class Feed(Sequence):
         for step in range(self.first_step, len(self)):
             if self._epoch is not epoch:
                 return
-            batch, cut = self._make(epoch, step)
+            try:
+                batch, cut = self._make(epoch, step)
+            except Exception as exc:
+                self.failure = exc
+                raise
             certificate = certificate.add(cut.rows[: cut.real])
             made.append((time.perf_counter(), certificate))
             yield batch

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import pytest
 
 from hpcutils.launch.local import LOCAL_ENVIRONMENT, find_mpirun, local_job
@@ -93,6 +94,20 @@ def test_stopped_and_gone_on_with_by_four_two_and_three_ranks(job_file):
         # The same batches, so the same figures for the whole epoch, up to rounding that training makes more of.
         for name in ("loss", "accuracy", "val_loss", "val_accuracy"):
             assert one[name] == pytest.approx(other[name], abs=0.02), name
+
+
+def test_a_damaged_chunk_ends_the_run_with_the_code_of_data(job_file):
+    data = job_file.parent / "digits.h5"
+    whole = data.read_bytes()
+    with h5py.File(data) as file:
+        offset = file["images"].id.get_chunk_info(40).byte_offset
+    data.write_bytes(whole[: offset + 4] + b"\xff" * 16 + whole[offset + 20 :])
+    try:
+        done = start(new_run(job_file, "damaged", 1), 1)
+    finally:
+        data.write_bytes(whole)
+    assert done.returncode == 5, done.stderr[-3000:]
+    assert "dataset /images, chunk at (2000, 0, 0, 0)" in done.stderr
 
 
 def test_another_data_set_cannot_go_on(job_file):
