@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from hpcutils.data.hdf5 import HDF5Matrix
 from hpcutils.data.order import Cut, Order
 from hpcutils.data.schedule import Task, epoch_order, plan_memory, schedule
-from hpcutils.data.shards import Window
+from hpcutils.data.shards import Layout, Window
 from hpcutils.data.shared import SharedMemory, rounded, threads_may_call_mpi
 from hpcutils.errors import DataError
 
@@ -29,6 +29,11 @@ MAX_THREADS = 8
 PATIENCE_S = 5.0
 # More windows than a shard of any dataset has: tells windows of different epochs apart.
 MAX_WINDOWS = 1 << 40
+
+
+def layout_of(matrix: HDF5Matrix) -> Layout:
+    """Return how the samples of a dataset lie in its chunks."""
+    return Layout(len(matrix), matrix.chunk_rows, -matrix.start % matrix.chunk_rows, matrix.row_bytes)
 
 
 def window_bytes(order: Order, row_bytes: int) -> int:

@@ -18,7 +18,6 @@ from hpcutils.data.collective import CollectiveReader, check_parallel_hdf5
 from hpcutils.data.hdf5 import HDF5Matrix
 from hpcutils.data.node import NodeArray
 from hpcutils.data.order import Cut, Order, Seat
-from hpcutils.data.shards import Layout
 from hpcutils.data.shared import free_memory_bytes
 from hpcutils.data.windows import WindowReader, window_bytes
 from hpcutils.errors import DataError
@@ -52,11 +51,6 @@ class ReadPlan:
     def __str__(self) -> str:
         parts = f"{self.order.shards} shards, {self.memory_bytes / 2**20:.1f} MiB a node"
         return f"{self.mode} ({parts}{', cut by nodes' if self.order.seat.nodes > 1 else ''})"
-
-
-def layout_of(matrix: HDF5Matrix) -> Layout:
-    """Return how the samples of a dataset lie in its chunks."""
-    return Layout(len(matrix), matrix.chunk_rows, -matrix.start % matrix.chunk_rows, matrix.row_bytes)
 
 
 def seats(ranks: Ranks) -> tuple[Seat, Seat | None]:

@@ -19,6 +19,7 @@ from hpcutils import fs
 from hpcutils.data.hdf5 import HDF5Matrix
 from hpcutils.data.order import Order
 from hpcutils.data.quality import BADLY_MIXED, measure
+from hpcutils.data.windows import layout_of
 from hpcutils.errors import HpcutilsError, JobFailedError, SpecError
 from hpcutils.log import LOGGER
 from hpcutils.models.custom_objects import CustomObjectScope
@@ -32,7 +33,7 @@ from hpcutils.train.checkpoint import restore, save_model
 from hpcutils.train.distribute import Reducer, connect, distribute_optimizer
 from hpcutils.train.feed import Feed
 from hpcutils.train.ranks import Ranks
-from hpcutils.train.reading import layout_of, open_source
+from hpcutils.train.reading import open_source
 from hpcutils.train.record import Recorder, forget_epochs
 from hpcutils.train.usercode import load_function
 

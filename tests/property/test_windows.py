@@ -14,8 +14,7 @@ from hpcutils.data.hdf5 import HDF5Matrix
 from hpcutils.data.order import Order, Seat
 from hpcutils.data.schedule import plan_memory, schedule
 from hpcutils.data.shards import Layout, shard_count
-from hpcutils.data.windows import WindowReader, window_bytes
-from hpcutils.train.reading import layout_of
+from hpcutils.data.windows import WindowReader, layout_of, window_bytes
 
 ROWS = 300
 

@@ -22,8 +22,7 @@ from hpcutils.data import shards
 from hpcutils.data.collective import CollectiveReader
 from hpcutils.data.hdf5 import HDF5Matrix
 from hpcutils.data.order import Certificate, Order, Seat, certificate_of
-from hpcutils.data.windows import WindowReader
-from hpcutils.train.reading import layout_of
+from hpcutils.data.windows import WindowReader, layout_of
 
 
 def main() -> None:

@@ -7,10 +7,11 @@ import pytest
 from hpcutils.data.hdf5 import HDF5Matrix
 from hpcutils.data.order import Certificate, Order, Seat, certificate_of
 from hpcutils.data.shards import POOL_BYTES, Layout
+from hpcutils.data.windows import layout_of
 from hpcutils.errors import DataError
 from hpcutils.train.feed import Feed
 from hpcutils.train.ranks import Ranks
-from hpcutils.train.reading import RowSource, layout_of, open_source, plan_reading, seats
+from hpcutils.train.reading import RowSource, open_source, plan_reading, seats
 from hpcutils.world import World
 
 ROWS = 50
