@@ -186,28 +186,24 @@ def test_shared_memory_and_tmp_are_the_nodes_own(built: dict[str, Any]) -> None:
 Frozen = tuple[dict[str, Any], dict[str, str]]
 
 
-def test_a_change_of_hpcutils_own_code_takes_seconds(built: dict[str, Any], frozen: Frozen) -> None:
+def test_a_change_of_hpcutils_own_code_makes_one_layer(built: dict[str, Any], frozen: Frozen) -> None:
     result, _ = frozen
     assert result["made"] == ["code"]
     assert result["digest"] != built["digest"]
-    assert result["seconds"] < 30
     assert inside(result, PYTHON, "-c", "from hpcutils.mark import MARK; print(MARK)") == "frozen\n"
     # The compiled code came along: nobody can write it later.
     assert inside(result, "ls", "/hpcutils-src/hpcutils/__pycache__").count("mark.cpython-311.pyc") == 1
     assert inside(result, "hpcutils", "--version").startswith("hpcutils")
 
 
-def test_up_to_date_within_half_a_second_and_without_the_builder(frozen: Frozen, home: Path) -> None:
+def test_up_to_date_without_the_builder(frozen: Frozen, home: Path) -> None:
     result, variables = frozen
     (home / "apptainer").write_text(f"#!/bin/sh\ntouch {home}/started\nexit 1\n")
     (home / "apptainer").chmod(0o755)
     own(home)
-    script = f"export PATH={home}:$PATH; TIMEFORMAT='seconds %U %S'; time hpcutils build {NAME}"
-    done = [as_user("bash", "-c", script, **variables) for _ in range(5)]
-    assert all(result["path"] in each.stdout and "up to date" in each.stderr for each in done)
+    done = as_user("bash", "-c", f"PATH={home}:$PATH hpcutils build {NAME}", **variables)
+    assert result["path"] in done.stdout and "up to date" in done.stderr
     assert not (home / "started").exists()
-    # The processor's time, not the clock's: it waits for nothing, but the machine has other things to do.
-    assert min(sum(map(float, each.stderr.rsplit("seconds ", 1)[1].split())) for each in done) < 0.5
 
 
 def test_equal_code_gives_the_same_file_system(frozen: Frozen) -> None:
