@@ -24,7 +24,6 @@ LOCAL_ENVIRONMENT = {
     "OMPI_MCA_oob_tcp_if_include": "lo",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "PRTE_MCA_hwloc_default_binding_policy": "none",
-    "PRTE_MCA_oob_tcp_if_include": "lo",
     "OMPI_MCA_btl_vader_single_copy_mechanism": "none",
     "PMIX_MCA_gds": "hash",
 }

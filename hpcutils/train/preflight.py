@@ -6,13 +6,14 @@ That MPI counts as many ranks as the launcher is held against each other right a
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpcutils import shell
 from hpcutils.errors import DeviceError, HpcutilsError, WorldError
 from hpcutils.world import World
 
@@ -23,6 +24,18 @@ SHM_BYTES_A_RANK = 16 << 20
 PMIX_LIBRARIES = ("libpmix.so.2", "libpmix.so.1")
 # Where pip's Open MPI and Debian's have it; the first is asked for by name alone.
 PMIX_FOLDERS = ("", "/usr/lib/x86_64-linux-gnu/", "/usr/lib/x86_64-linux-gnu/pmix2/lib/", "/usr/lib64/", "/usr/local/lib/")
+# Prints the version of the first library of its arguments that can be loaded; asking starts nothing.
+ASK_PMIX = """
+import ctypes, sys
+for path in sys.argv[1:]:
+    try:
+        answer = ctypes.CDLL(path).PMIx_Get_version
+    except (OSError, AttributeError):
+        continue
+    answer.restype = ctypes.c_char_p
+    print((answer() or b"").decode("ascii", "replace"))
+    break
+"""
 GPU_DEVICES = ("nvidia[0-9]*", "kfd")
 
 
@@ -86,7 +99,9 @@ def gather_facts(environ: Mapping[str, str]) -> Facts:
     """Look at this process and its node."""
     given = next((environ[name] for name in ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE") if environ.get(name)), "")
     devices = tuple(sorted(path.name for pattern in GPU_DEVICES for path in Path("/dev").glob(pattern)))
-    return Facts(environ.get("PMIX_VERSION", ""), pmix_library_version(), free_shm_bytes(Path("/dev/shm")), devices, given)
+    # Under mpirun both ends of PMIx come from one Open MPI.
+    client = pmix_library_version() if "SLURM_STEP_ID" in environ else ""
+    return Facts(environ.get("PMIX_VERSION", ""), client, free_shm_bytes(Path("/dev/shm")), devices, given)
 
 
 def free_shm_bytes(folder: Path) -> int | None:
@@ -98,16 +113,13 @@ def free_shm_bytes(folder: Path) -> int | None:
 
 
 def pmix_library_version() -> str:
-    """Return the version of the PMIx that MPI would load; asking starts nothing. Empty where none is found."""
-    for path in (folder + name for folder in PMIX_FOLDERS for name in PMIX_LIBRARIES):
-        try:
-            answer = ctypes.CDLL(path).PMIx_Get_version
-        except (OSError, AttributeError):
-            continue
-        answer.restype = ctypes.c_char_p
-        match = re.search(r"\d+(?:\.\d+)+", (answer() or b"").decode("ascii", "replace"))
-        return "" if match is None else match.group()
-    return ""
+    """Return the version of the PMIx that MPI would load; empty where none is found.
+
+    Another process looks: a library that is loaded here would be taken by MPI in place of its own (pip's Open MPI brings one).
+    """
+    words = [sys.executable, "-I", "-S", "-c", ASK_PMIX, *(folder + name for folder in PMIX_FOLDERS for name in PMIX_LIBRARIES)]
+    match = re.search(r"\d+(?:\.\d+)+", shell.run(words, check=False, timeout_s=30).stdout)
+    return "" if match is None else match.group()
 
 
 def numbers(version: str) -> tuple[int, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,15 @@ def test_the_facts_of_this_machine() -> None:
     facts = gather_facts({"PMIX_VERSION": "4.2.2", "SLURM_GPUS_ON_NODE": "2"})
     assert (facts.pmix_server, facts.gpus_given) == ("4.2.2", "2")
     assert facts.shm_bytes is None or facts.shm_bytes > 0
+
+
+def test_looking_loads_no_pmix_in_place_of_mpis_own() -> None:
+    code = "from hpcutils.train.preflight import gather_facts; print(gather_facts({'SLURM_STEP_ID': '0'}).pmix_client)\n"
+    code += "print([line for line in open('/proc/self/maps') if 'libpmix' in line])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    version, mapped = done.stdout.splitlines()
+    assert mapped == "[]"
+    assert version == "" or numbers(version) > (1,)
 
 
 def test_a_folder_that_is_not_there_has_no_room(tmp_path: Path) -> None:
