@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -16,9 +15,6 @@ from hpcutils.data.sequence import Sequence
 
 Array = NDArray[Any]
 Batch = tuple[Array, Array, Array]
-
-# Batches that wait for the step, beside the one in its hands.
-AHEAD = 2
 
 
 class Source(Protocol):
@@ -45,8 +41,7 @@ class Source(Protocol):
 class Feed(Sequence):
     """The `(x, y, weight)` batches of one rank: the global batches of a `Sequence`, cut over the ranks.
 
-    `dataset()` goes to `fit`. Keras looks at some batches before it trains, and may drop an iterator half used: whoever iterates
-    before `begin_epoch`, or goes on after the next one, never touches what belongs to the epoch.
+    Whoever iterates before `begin_epoch`, or goes on after the next one, never touches what belongs to the epoch.
 
     Args:
         source: The samples.
@@ -57,8 +52,6 @@ class Feed(Sequence):
     Attributes:
         certificate: Count, sum and xor of the samples that this rank's steps have used in this epoch.
         first_step: The step that this epoch began with.
-        failure: What ended `batches()`: TensorFlow passes on only its text.
-        asked_at: The clock (`time.perf_counter`) when the first batch of the epoch was asked for.
     """
 
     def __init__(
@@ -72,11 +65,10 @@ class Feed(Sequence):
         self.source, self.order = source, order
         self.normalizer, self.classes = normalizer, classes
         self.certificate = Certificate()
-        self.first_step, self.asked_at = 0, 0.0
-        self.failure: Exception | None = None
+        self.first_step = 0
         self._epoch: Epoch | None = None
-        # Of each batch that was made and not used yet: when it was ready, and the certificate with it.
-        self._made: deque[tuple[float, Certificate]] = deque()
+        # Of each batch that was made and not used yet: the certificate with it.
+        self._made: deque[Certificate] = deque()
 
     def __len__(self) -> int:
         return self.order.steps
@@ -92,10 +84,9 @@ class Feed(Sequence):
         self.certificate, self._made = Certificate(), deque()
         self._epoch = self.order.epoch(epoch)
 
-    def used(self) -> float:
-        """Count the next batch as used by a step; return the clock (`time.perf_counter`) when it was ready."""
-        ready_at, self.certificate = self._made.popleft()
-        return ready_at
+    def used(self) -> None:
+        """Count the next batch as used by a step."""
+        self.certificate = self._made.popleft()
 
     def batches(self) -> Iterator[Batch]:
         """Yield the batches of the epoch that has begun; before the first one, examples of the same shapes."""
@@ -103,31 +94,24 @@ class Feed(Sequence):
         if epoch is None:
             yield from [self.example()] * len(self)
             return
-        self.asked_at = time.perf_counter()
         for step in range(self.first_step, len(self)):
             if self._epoch is not epoch:
                 return
-            try:
-                batch, cut = self._make(epoch, step)
-            except Exception as exc:
-                self.failure = exc
-                raise
+            batch, cut = self._make(epoch, step)
             certificate = certificate.add(cut.rows[: cut.real])
-            made.append((time.perf_counter(), certificate))
+            made.append(certificate)
             yield batch
 
     def dataset(self, first_step: int = 0) -> Any:
-        """Return a `tf.data.Dataset` whose iterators are `batches()`, made in the background while a step runs.
+        """Return a `tf.data.Dataset` as long as an epoch, of examples: Keras counts its batches and looks at their shapes.
 
         Args:
             first_step: What the epochs of this data set begin with.
         """
         import tensorflow as tf
 
-        signature = tuple(tf.TensorSpec(array.shape, array.dtype) for array in self.example())
-        batches = tf.data.Dataset.from_generator(self.batches, output_signature=signature).prefetch(AHEAD)
-        # Keras takes a data set of unknown length for one that broke off, and warns of it after the first epoch.
-        return batches.apply(tf.data.experimental.assert_cardinality(len(self) - first_step))
+        # As many examples as steps: no batch goes through it.
+        return tf.data.Dataset.from_tensors(self.example()).repeat(len(self) - first_step)
 
     def close(self) -> None:
         """Let go of the data; all ranks call it together."""

@@ -21,7 +21,7 @@ from hpcutils.specs.job import Job
 from hpcutils.train.checkpoint import Progress, save_checkpoint
 from hpcutils.train.feed import Feed
 from hpcutils.train.ranks import Ranks
-from hpcutils.train.steps import STEPS_PER_CALL, StepRunner
+from hpcutils.train.steps import StepRunner, steps_per_call
 
 Values: TypeAlias = NDArray[np.float64]
 
@@ -40,15 +40,15 @@ class Tally:
         step: Its `train_step` or `test_step`.
         feed: What it runs over.
         ranks: Who else runs.
+        per_call: From `steps_per_call`.
 
     Attributes:
         runner: What runs the steps.
-        wait_s: Seconds of this pass in which this rank's steps waited for their batches.
     """
 
-    def __init__(self, model: Any, step: Callable[[Any], Any], feed: Feed, ranks: Ranks) -> None:
+    def __init__(self, model: Any, step: Callable[[Any], Any], feed: Feed, ranks: Ranks, per_call: int) -> None:
         self.model, self.feed, self.ranks = model, feed, ranks
-        self.runner = StepRunner(model, step, feed.order.steps, self._before_last_step, self._after_call)
+        self.runner = StepRunner(step, feed, feed.order.steps, per_call, self._before_last_step, self._after_call)
         self._loss = next(metric for metric in model.metrics if metric.name == "loss")
         self._before: dict[int, Values] = {}
 
@@ -58,14 +58,13 @@ class Tally:
         first_step = state.consumed // state.batch_size if state is not None else 0
         self.feed.begin_epoch(epoch, first_step)
         self.runner.begin(first_step)
-        self.wait_s, self._before = 0.0, {}
+        self._before = {}
         self._seen_before = state.seen if state is not None else Certificate()
         self._sums_before = np.array(progress.sums) if progress is not None and progress.sums else np.zeros(())
 
-    def _after_call(self, started: float, ended: float, steps: int) -> None:
-        # The first call compiles the step before it asks for a batch.
-        asked = max(started, self.feed.asked_at)
-        self.wait_s += waited_s(asked, ended, [self.feed.used() for _ in range(steps)])
+    def _after_call(self, steps: int) -> None:
+        for _ in range(steps):
+            self.feed.used()
 
     def _before_last_step(self) -> None:
         self._before = {id(variable): values_of(variable) for variable in self.model.metrics_variables}
@@ -157,12 +156,13 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         self.training, self.validation = training, validation
         self.data, self.progress = data, progress
         self.history: list[dict[str, Any]] = []
-        self._train = Tally(model, model.train_step, training, ranks)
+        per_call = steps_per_call(training, *([validation] if validation is not None else []))
+        self._train = Tally(model, model.train_step, training, ranks, per_call)
         # Before `fit` begins: it looks at both then.
-        model.train_function, model.steps_per_execution = self._train.runner, STEPS_PER_CALL
+        model.train_function, model.steps_per_execution = self._train.runner, per_call
         self._held_out = None
         if validation is not None:
-            self._held_out = Tally(model, model.test_step, validation, ranks)
+            self._held_out = Tally(model, model.test_step, validation, ranks, per_call)
             model.test_function = self._held_out.runner
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -264,7 +264,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         return {
             "read": source.mode,
             "chunks_read": round(chunks / layout.chunks, 4),
-            "wait_s": round(max(self.ranks.gather(self._train.wait_s)), 4),
+            "wait_s": round(max(self.ranks.gather(self._train.runner.wait_s)), 4),
         }
 
 
@@ -273,27 +273,6 @@ def average_state(model: Any, ranks: Ranks) -> None:
     variables = [v for v in model.non_trainable_variables if v.dtype.startswith("float")]
     if ranks.comm is not None and variables:
         assign_flat(variables, ranks.sum(flat([values_of(v) for v in variables])) / ranks.world.world_size)
-
-
-def waited_s(started: float, ended: float, ready: list[float]) -> float:
-    """Return how long steps that ran one after the other waited for their batches.
-
-    A step begins when its batch is ready and the step before is over. Steps are taken to be alike long: as long as makes the last
-    one end when it did.
-
-    Args:
-        started: The clock when the first step could have begun.
-        ended: The clock when the last one was over.
-        ready: The clock when each batch was ready.
-    """
-    shortest, longest = 0.0, (ended - started) / len(ready)
-    for _ in range(30):
-        step_s = (shortest + longest) / 2
-        now = started
-        for clock in ready:
-            now = max(now, clock) + step_s
-        shortest, longest = (step_s, longest) if now < ended else (shortest, step_s)
-    return max(0.0, ended - started - longest * len(ready))
 
 
 def values_of(variable: Any) -> Values:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from hpcutils import fs
 from hpcutils.data.hdf5 import HDF5Matrix
@@ -89,21 +88,15 @@ def fit(model: Any, training: Feed, validation: Feed | None, epochs: range, reco
     """Train `epochs`, each from `first_step` on."""
     if not epochs:
         return
-    try:
-        model.fit(
-            training.dataset(first_step),
-            validation_data=validation.dataset() if validation is not None else None,
-            initial_epoch=epochs.start,
-            epochs=epochs.stop,
-            shuffle=False,
-            verbose=0,
-            callbacks=[recorder],
-        )
-    except tf.errors.OpError as exc:
-        failure = training.failure or (validation.failure if validation is not None else None)
-        if failure is None:
-            raise
-        raise failure from exc
+    model.fit(
+        training.dataset(first_step),
+        validation_data=validation.dataset() if validation is not None else None,
+        initial_epoch=epochs.start,
+        epochs=epochs.stop,
+        shuffle=False,
+        verbose=0,
+        callbacks=[recorder],
+    )
 
 
 def name_data(job: Job, staged: dict[str, Staged]) -> str:

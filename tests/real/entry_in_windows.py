@@ -33,7 +33,7 @@ def main() -> None:
 def stop_after(step: int, run: Path) -> None:
     from hpcutils.train import record, steps
 
-    record.LOOK_S, steps.STEPS_PER_CALL, record.STEPS_PER_CALL = -1.0, 1, 1
+    record.LOOK_S, steps.STEPS_PER_CALL = -1.0, 1
     look = record.Recorder._look_for_stop
 
     def ask_and_look(self: Any) -> None:

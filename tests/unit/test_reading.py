@@ -85,8 +85,8 @@ def test_an_epoch_has_each_sample_once_in_the_machines_byte_order(matrices):
     batches = list(feed.batches())
     assert len(batches) == len(feed) == 6
     assert feed.certificate == Certificate(), "made is not used"
-    clocks = [feed.used() for _ in batches]
-    assert clocks == sorted(clocks)
+    for _ in batches:
+        feed.used()
     assert feed.certificate == certificate_of(ROWS - 3)
     rows = np.concatenate([x[w > 0, 0] // 4 for x, _, w in batches])
     assert sorted(rows) == list(range(3, ROWS))
