@@ -92,16 +92,16 @@ def plan_request(
     layout, profile = plan_layout(job), site or Site()
     check_limits(job, profile)
     python = plan_python(job, run, image, job_folder, profile, variant)
-    return Request(run, job, layout, image, python, _parameters(job, run, layout, profile))
+    folders = _named_folders(job, profile) if image is not None else []
+    return Request(run, job, layout, image, python, _parameters(job, run, layout, profile, folders, image))
 
 
 def plan_python(
     job: Job, run: RunDirectory, image: Path | None, job_folder: Path, site: Site, variant: str = "cpu"
 ) -> tuple[str, ...]:
     """Return the words that start Python in a rank."""
-    folders = {name: os.path.expandvars(path) for name, path in site.folders if path is not None}
     # A user's own variable wins over the site's folder.
-    own = {FOLDER_VARIABLES[name]: path for name, path in folders.items() if FOLDER_VARIABLES[name] not in os.environ}
+    own = {name: path for name, path in _site_folders(site).items() if name not in os.environ}
     env = {**site.container.environment, **own, **RANK_ENVIRONMENT}
     if image is None:
         variables = {**MPI_ENVIRONMENT, **env}
@@ -109,9 +109,8 @@ def plan_python(
     runs = run.path.parent
     data = {(job_folder / file.path).resolve().parent for file in job.data.files if file.path is not None}
     data |= _staging_folders(job, job_folder)
-    binds = [*site.container.binds, *map(bind, folders.values()), bind(runs)]
+    binds = [*site.container.binds, *map(bind, _named_folders(job, site)), bind(runs)]
     binds += [bind(folder, read_only=True) for folder in sorted(data - {runs})]
-    binds += [bind(job.staging.cache)] if job.staging.cache is not None else []
     gpu = job.resources.devices == "gpu"
     return (*exec_argv(image, binds, env, gpu, program=site.container.program, variant=variant), "python3")
 
@@ -152,6 +151,18 @@ def gpu_request(site: Site, layout: Layout, gpus: int) -> dict[str, Any]:
     return spelled[site.launch.gpus]
 
 
+def _site_folders(site: Site) -> dict[str, str]:
+    """Return the site's folders by the variables that tell of them."""
+    return {FOLDER_VARIABLES[name]: os.path.expandvars(path) for name, path in site.folders if path is not None}
+
+
+def _named_folders(job: Job, site: Site) -> list[str]:
+    """Return the folders that a rank writes to, beside the run's: named by the site, the user, or the job."""
+    named = {**_site_folders(site), **{name: os.environ[name] for name in FOLDER_VARIABLES.values() if os.environ.get(name)}}
+    folders = [*named.values(), *([job.staging.cache] if job.staging.cache is not None else [])]
+    return list(dict.fromkeys(str(Path(folder).absolute()) for folder in folders))
+
+
 def _staging_folders(job: Job, job_folder: Path) -> set[Path]:
     """Return the folders of the job's manifest and of what it lists."""
     manifest, source = job.staging.manifest, job.staging.source
@@ -159,7 +170,7 @@ def _staging_folders(job: Job, job_folder: Path) -> set[Path]:
     return folders | ({(job_folder / source).resolve()} if source is not None and "://" not in source else set())
 
 
-def _parameters(job: Job, run: RunDirectory, layout: Layout, site: Site) -> dict[str, Any]:
+def _parameters(job: Job, run: RunDirectory, layout: Layout, site: Site, folders: list[str], image: Path | None) -> dict[str, Any]:
     """Return submitit's parameters; names as in `submitit.SlurmExecutor.update_parameters`."""
     log = str(run.rank_log("%t"))
     gpus = gpu_request(site, layout, gpus_per_node(job.resources))
@@ -180,7 +191,7 @@ def _parameters(job: Job, run: RunDirectory, layout: Layout, site: Site) -> dict
             f"--output={log}",
             "--open-mode=append",
         ],
-        "setup": _setup_lines(run),
+        "setup": [*_setup_lines(run), *(_container_lines(folders) if image is not None else [])],
         "teardown": _teardown_lines(run),
         "additional_parameters": {
             "output": str(run.batch_log),
@@ -215,6 +226,25 @@ def _setup_lines(run: RunDirectory) -> list[str]:
         '  while kill -0 "$!" 2>/dev/null; do wait "$!"; done',
         '  wait "$!"',
         "}",
+    ]
+
+
+def _container_lines(folders: list[str]) -> list[str]:
+    """Lines that let a container see what this node's variables name, and that make the named folders on every node.
+
+    Apptainer shows /tmp, and refuses to start where a folder to be shown is not there. Which scratch folder a job has is often
+    known only when it runs.
+    """
+    everywhere = '--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1'
+    names = " ".join(map(shlex.quote, folders))
+    return [
+        *([f"command srun {everywhere} mkdir -p {names}"] if folders else []),
+        'for folder in "${SLURM_TMPDIR:-}" "${TMPDIR:-}"; do',
+        "  case $folder in",
+        "    /tmp | /tmp/* | *[,:]*) ;;",
+        '    /*) [ ! -d "$folder" ] || export APPTAINER_BIND="${APPTAINER_BIND:+$APPTAINER_BIND,}$folder" ;;',
+        "  esac",
+        "done",
     ]
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Cluster, wait_until
+from conftest import Cluster, own, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.apptainer]
 
@@ -86,6 +86,21 @@ def test_the_second_job_finds_the_data_staged(cluster, one_rank):
     first, second = ((path / "logs" / "current" / "rank-0.log").read_text() for path in (one_rank, run))
     assert "digits.h5: on this node already" in second
     assert re.search(r"digits.h5: (116.1 KiB on 1 of 1 nodes .* read 1.00 times|on this node already)", first)
+
+
+@pytest.mark.parametrize("variable, inside", [("TMPDIR", "hpcutils-*/cache"), ("HPCUTILS_NODE_CACHE", "not/there/yet")])
+def test_folders_that_the_users_variables_name_are_seen_inside(cluster, image, variable, inside):
+    """Scratch elsewhere than in /tmp, as many sites have it, or a cache that the first job has to make."""
+    folder = cluster.job()
+    (folder / "disk").mkdir()
+    own(folder)
+    named = folder / "disk" / (inside if "*" not in inside else "")
+    words = ("hpcutils", "submit", "train.yaml", "--follow", "--json", "--nodes", "1", "--gpus", "1", "--epochs", "1")
+    done = cluster.run("env", f"{variable}={named}", *words, cwd=folder)
+    run = Path(json.loads(done.stdout)["path"])
+    assert "digits.h5: 116.1 KiB on 1 of 1 nodes" in (run / "logs" / "current" / "rank-0.log").read_text()
+    (cache,) = (folder / "disk").glob(inside)
+    assert max(path.stat().st_size for path in cache.rglob("*") if path.is_file()) > 100 << 10
 
 
 def test_dry_run_shows_the_script_that_is_submitted(cluster, image):

@@ -25,6 +25,12 @@ srun() {
   while kill -0 "$!" 2>/dev/null; do wait "$!"; done
   wait "$!"
 }
+for folder in "${SLURM_TMPDIR:-}" "${TMPDIR:-}"; do
+  case $folder in
+    /tmp | /tmp/* | *[,:]*) ;;
+    /*) [ ! -d "$folder" ] || export APPTAINER_BIND="${APPTAINER_BIND:+$APPTAINER_BIND,}$folder" ;;
+  esac
+done
 
 # command
 export SUBMITIT_EXECUTOR=slurm
