@@ -27,7 +27,7 @@ from hpcutils.image.oci import Engine, entering, make_oci
 from hpcutils.image.plan import SUFFIXES, BuildPlan
 from hpcutils.image.retention import tidy
 from hpcutils.image.sbom import cyclonedx
-from hpcutils.image.selftest import Report, run_self_tests
+from hpcutils.image.selftest import TEST_ENVIRONMENT, Report, run_self_tests
 from hpcutils.image.trust import identity, remember
 from hpcutils.image.workspace import ending_on_sigterm, one_at_a_time, workspace
 from hpcutils.log import LOGGER
@@ -174,7 +174,7 @@ def _make_sif(plan: BuildPlan, target: Path, place: Place) -> Report:
     """Append the code to the environment, and test the result."""
     make_image(plan.code, plan.environment, target, place.bench)
     LOGGER.info("  self-test")
-    return run_self_tests(exec_argv(target, program=place.builder.program), plain_environment())
+    return run_self_tests(exec_argv(target, env=TEST_ENVIRONMENT, program=place.builder.program), plain_environment())
 
 
 def _make_archive(plan: BuildPlan, target: Path, place: Place) -> Report:

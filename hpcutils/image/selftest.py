@@ -13,6 +13,8 @@ from hpcutils.shell import run
 
 FOLDER = f"{SOURCE}/selftests"
 TEST_S = 300.0
+# The caller's folder for temporary files need not be there inside, and Open MPI makes its own in it.
+TEST_ENVIRONMENT = {"TMPDIR": "/tmp"}
 # Ranks of a test may outnumber the cores; in a container of Docker's they may be root.
 MPIRUN = ("mpirun", "--allow-run-as-root", "--oversubscribe", "--mca", "mpi_yield_when_idle", "1")
 

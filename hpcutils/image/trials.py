@@ -10,7 +10,7 @@ from hpcutils.errors import ImageError
 from hpcutils.image.caller import plain_environment
 from hpcutils.image.exec_line import bind, exec_argv
 from hpcutils.image.find import Image, find_builder
-from hpcutils.image.selftest import Report, run_self_tests, slurm_words
+from hpcutils.image.selftest import TEST_ENVIRONMENT, Report, run_self_tests, slurm_words
 from hpcutils.specs.site import Site
 
 TEST_VARIABLE, GPU_VARIABLE = "HPCUTILS_TEST_FOLDER", "HPCUTILS_TEST_GPU"
@@ -19,7 +19,7 @@ TEST_VARIABLE, GPU_VARIABLE = "HPCUTILS_TEST_FOLDER", "HPCUTILS_TEST_GPU"
 def try_here(image: Image, *, gpu: bool) -> Report:
     """Run an image's self-tests on this machine, their ranks inside one container."""
     check_is_sif(image)
-    env = {GPU_VARIABLE: "1"} if gpu else {}
+    env = {**TEST_ENVIRONMENT, **({GPU_VARIABLE: "1"} if gpu else {})}
     return run_self_tests(exec_argv(image.path, (), env, gpu, program=find_builder()), plain_environment())
 
 
@@ -32,7 +32,7 @@ def try_on_cluster(image: Image, site: Site, nodes: int, ranks: int, partition: 
     chosen = partition or site.launch.partition
     options = [] if chosen is None else [f"--partition={chosen}"]
     with tempfile.TemporaryDirectory(prefix=".hpcutils-test-", dir=Path.cwd()) as folder:
-        env = {**site.container.environment, TEST_VARIABLE: folder, **({GPU_VARIABLE: "1"} if gpu else {})}
+        env = {**site.container.environment, **TEST_ENVIRONMENT, TEST_VARIABLE: folder, **({GPU_VARIABLE: "1"} if gpu else {})}
         enter = exec_argv(image.path, (*site.container.binds, bind(folder)), env, gpu, program=site.container.program)
         return run_self_tests(enter, dict(os.environ), slurm_words(nodes, ranks, options, site.launch.mpi))
 
