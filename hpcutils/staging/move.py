@@ -6,11 +6,11 @@ import contextlib
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 
 from hpcutils import fs
-from hpcutils.errors import DataError, HpcutilsError, IntegrityError, JobFailedError
+from hpcutils.errors import DataError, HpcutilsError, IntegrityError
 from hpcutils.staging import store
 from hpcutils.staging.dataset import Dataset
 from hpcutils.staging.landing import Follower, Landing
@@ -57,12 +57,12 @@ class Move:
         """Return bytes read from the origin, bytes received from neighbours, and segments asked for again."""
         return self.origin_bytes, self.ring.received_bytes, self.ring.repeats
 
-    def run(self, started_s: float, stopped: Callable[[], bool] = lambda: False) -> str:
-        """Move, and give the dataset its name on every node; returns its digest. `stopped` is asked between rounds."""
+    def run(self, started_s: float) -> str:
+        """Move, and give the dataset its name on every node; returns its digest."""
         follower = self._follower()
         try:
             with contextlib.closing(self._progress()) as shows:
-                self._go_round(follower, shows, stopped)
+                self._go_round(follower, shows)
             return self.leaders.together(lambda: self._complete(follower, started_s))
         except HpcutilsError:
             if follower is not None:
@@ -81,7 +81,7 @@ class Move:
         nodes = f" to {self.leaders.size} nodes" if self.leaders.size > 1 else ""
         return progress_for(self.dataset.name, title=f"staging {self.dataset.name}{nodes}")
 
-    def _go_round(self, follower: Follower | None, shows: Progress, stopped: Callable[[], bool]) -> None:
+    def _go_round(self, follower: Follower | None, shows: Progress) -> None:
         here = self.place.files if self.partial is None else self.partial / FILES
         done_bytes = self.looked.facts.have_bytes
         # Together: who cannot begin must not leave the others waiting in the first round.
@@ -96,8 +96,7 @@ class Move:
                         shows.update(done_bytes, self.dataset.size_bytes)
                 if mine is not None:
                     mine.buffer.drop()
-                error = error or self.ring.error or (landing.error if landing is not None else None)
-                self.leaders.raise_any(error or (JobFailedError(f"{self.dataset.name}: stopped") if stopped() else None))
+                self.leaders.raise_any(error or self.ring.error or (landing.error if landing is not None else None))
             self.leaders.together(lambda: landing.wait() if landing is not None else None)
             self.origin_bytes = loader.origin_bytes
 

@@ -23,7 +23,7 @@ from hpcutils.staging.segments import Piece
 from hpcutils.staging.store import FILES, SEGMENTS
 
 # HDF5 reads its own structures a few bytes at a time: read through, such a read brings the block around it.
-BLOCK_BYTES, BLOCKS = 64 << 10, 64
+SMALL_BYTES, BLOCK_BYTES, BLOCKS = 4 << 10, 64 << 10, 64
 SIDECAR_STEP_BYTES = 64 << 10
 
 
@@ -129,7 +129,7 @@ class Overlay:
         return self._disk >= 0 and _fill(self._disk, offset, buffer)
 
     def _read_through(self, offset: int, buffer: memoryview) -> None:
-        if len(buffer) >= BLOCK_BYTES:
+        if len(buffer) > SMALL_BYTES:
             self._from_source(offset, buffer)
             return
         done = 0

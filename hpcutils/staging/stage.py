@@ -6,7 +6,6 @@ look (each node) ─► plan (pure) ─► rounds (pure) ─► load ─► ring
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -149,14 +148,10 @@ class Coming:
             begin_bytes += entry.size_bytes
         raise AssertionError(path)
 
-    def finish(self, stopped: Callable[[], bool] = lambda: False) -> Outcome:
+    def finish(self) -> Outcome:
         """Move; each leader calls it.
 
-        Args:
-            stopped: Asked between rounds: when it says so on one leader, all give up, and what has landed stays for the next job.
-
         Raises:
-            JobFailedError: That happened.
             DataError: The source cannot be read, or a disk cannot be written. On every leader.
             IntegrityError: The source is not what it must be, or a node got damaged bytes again and again. On every leader.
         """
@@ -164,7 +159,7 @@ class Coming:
             assert self.outcome is not None
             return self.outcome
         try:
-            digest = self._move.run(self._started_s, stopped)
+            digest = self._move.run(self._started_s)
         except HpcutilsError:
             self.give_up()
             raise

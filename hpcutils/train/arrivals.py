@@ -5,10 +5,12 @@ Whoever trains asks now and then whether the thread failed (`look`), and waits f
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 from hpcutils.errors import HpcutilsError, JobFailedError
 from hpcutils.log import LOGGER
@@ -48,7 +50,6 @@ class Arrivals:
         self._datasets = {name: number for name, (number, _) in arriving.items()}
         self._ranks, self._comings = ranks, comings
         self._error: HpcutilsError | None = None
-        self._stopped = threading.Event()
         self._steps = 0
         self._steps_at_end: int | None = None
         self._thread: threading.Thread | None = None
@@ -68,11 +69,14 @@ class Arrivals:
         if self._error is not None:
             raise self._error
 
-    def stop(self) -> None:
-        """End the moving, between two segments: what has landed stays for the next job. All ranks call it together."""
-        self._stopped.set()
-        if self.is_open:
-            self._ranks.together(self._join)
+    def leave(self, code: int) -> NoReturn:
+        """End this process at once, in the middle of the moving: what has landed stays for the next job.
+
+        A thread that waits for a slow source, or for a message, would keep the interpreter and MPI from ending.
+        """
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
     def finish(self) -> None:
         """Wait until everything is there, and proved; all ranks call it together.
@@ -91,7 +95,7 @@ class Arrivals:
         """Move one dataset after the other (in a thread)."""
         try:
             for coming in self._comings:
-                coming.finish(self._stopped.is_set)
+                coming.finish()
         except HpcutilsError as exc:
             self._error = exc
         except BaseException as exc:  # noqa: BLE001 - the end of a thread: `look` and `finish` raise it

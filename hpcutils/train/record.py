@@ -235,9 +235,9 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         if self.ranks.world.rank == 0:
             # Before the first rank goes: srun ends the others then, this one perhaps among them.
             fs.write_text(self.run.stopped, f"{when}\n")
-        if self.arrivals is not None:
-            self.arrivals.stop()
         self.ranks.barrier()
+        if self.arrivals is not None and self.arrivals.is_open:
+            self.arrivals.leave(EXIT_REQUEUE)
         raise SystemExit(EXIT_REQUEUE)
 
     def _finish_training(self) -> None:
