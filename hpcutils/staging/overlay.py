@@ -23,7 +23,7 @@ from hpcutils.staging.segments import Piece
 from hpcutils.staging.store import FILES, SEGMENTS
 
 # HDF5 reads its own structures a few bytes at a time: read through, such a read brings the block around it.
-SMALL_BYTES, BLOCK_BYTES, BLOCKS = 4 << 10, 64 << 10, 64
+SMALL_BYTES, BLOCK_BYTES, BLOCKS = 4 << 10, 16 << 10, 256
 SIDECAR_STEP_BYTES = 64 << 10
 
 

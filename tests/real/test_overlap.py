@@ -26,7 +26,7 @@ from hpcutils.launch.runs import prepare
 from hpcutils.rundir import RunDirectory
 from hpcutils.specs.job import load_job
 from hpcutils.staging import cache
-from hpcutils.staging.store import Place, is_intact
+from hpcutils.staging.store import Place, is_intact, leftovers
 
 pytestmark = pytest.mark.mpi
 IN_WINDOWS = Path(__file__).with_name("entry_in_windows.py")
@@ -103,10 +103,10 @@ def new_run(folder: Path, url: str, sha256: str, stage: str, ranks: int) -> RunD
     return run
 
 
-def start(run: RunDirectory, ranks: int, *program: str) -> subprocess.CompletedProcess[str]:
+def start(run: RunDirectory, ranks: int, *program: str, words: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     argv = [find_mpirun(), "-n", str(ranks), *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
     return subprocess.run(
-        [*argv, sys.executable, *program, str(run.path)],
+        [*argv, sys.executable, *program, str(run.path), *words],
         env=os.environ | LOCAL_ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -167,3 +167,55 @@ def test_a_wrong_byte_at_the_end_fails_the_job_and_publishes_nothing(tmp_path, b
     assert cache.kept_in(tmp_path / "cache") == []
     with suppress(FileNotFoundError):
         assert [path.name for path in (tmp_path / "cache" / "sha256").iterdir() if not path.name.startswith(".")] == []
+
+
+def test_a_run_that_stops_while_its_data_arrives_goes_on_with_what_has_landed(tmp_path, body):
+    sha256 = hashlib.sha256(body).hexdigest()
+    with serving() as site:
+        site.repeat_last = True
+        url = site.put("/set.h5", body, held_back(tmp_path))
+        run = new_run(tmp_path, url, sha256, "overlap", 2)
+        done = start(run, 2, str(IN_WINDOWS), words=("20",))
+        # The server would have held the rest back for minutes: nobody waited for it.
+        assert done.returncode == 75, done.stderr[-3000:]
+        assert "stopping after step 20 of epoch 1" in done.stderr
+        assert cache.kept_in(tmp_path / "cache") == []
+        assert len(leftovers(tmp_path / "cache", "sha256")) == 1
+        run.stop.unlink()
+        site.put("/set.h5", body)
+        done = start(run, 2, str(IN_WINDOWS))
+    assert done.returncode == 0, done.stderr[-3000:]
+    epochs, result, staging = facts(run)
+    assert [(line["epoch"], line["coverage"]) for line in epochs] == [(1, "exact"), (2, "exact")]
+    assert result["weights_identical"]
+    # The first segment of three was there.
+    assert staging["origin_bytes"] == len(body) - (4 << 20)
+    assert "going on with step 21 of epoch 1" in done.stderr
+
+
+NODES = Path(__file__).with_name("overlap_ranks.py")
+
+
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_leaders_move_in_the_background_while_all_ranks_reduce(tmp_path, body, nodes):
+    (tmp_path / "set.h5").write_bytes(body)
+    argv = [find_mpirun(), "-n", str(nodes), *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
+    done = subprocess.run(
+        [*argv, sys.executable, str(NODES), str(tmp_path), hashlib.sha256(body).hexdigest()],
+        env=os.environ | LOCAL_ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert len(said) == nodes
+    for rank, each in enumerate(said):
+        assert each["sum"] == each["reductions"] * nodes
+        assert each["before"] is False
+        assert each["read"] is True
+        assert (each["record"]["origin_bytes"], each["record"]["received_bytes"]) == (len(body), len(body) * (nodes - 1))
+        assert each["record"]["steps_meanwhile"] >= 50
+        (kept,) = cache.kept_in(tmp_path / f"node{rank}")
+        assert cache.verify(tmp_path / f"node{rank}", kept).wrong == ()

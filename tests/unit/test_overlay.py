@@ -187,10 +187,10 @@ def test_a_file_in_the_middle_of_a_dataset(tmp_path):
 
 def test_small_reads_bring_the_block_around_them_once(node):
     overlay = Overlay(node.file, origin := Counted(node.source))
-    for offset in range(0, BLOCK_BYTES, 500):
+    for offset in range(0, SEGMENT - 12, 500):
         assert read(overlay, offset, 12) == node.body[offset : offset + 12]
     assert read(overlay, len(node.body) - 7, 7) == node.body[-7:]
-    assert origin.reads == [(0, BLOCK_BYTES), (9 * BLOCK_BYTES, 1234)]
+    assert origin.reads == [*((place, BLOCK_BYTES) for place in range(0, SEGMENT, BLOCK_BYTES)), (9 * SEGMENT, 1234)]
 
 
 def test_a_source_that_was_another_while_it_was_read_is_found_out(node):
