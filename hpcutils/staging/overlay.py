@@ -160,6 +160,10 @@ class Overlay:
             self.read_through_bytes += len(buffer)
             self._seen.append((offset, len(buffer), digest))
 
+    def close(self) -> None:
+        """Let go of the source; nothing is read through any more."""
+        self._origin.close()
+
     def prove(self) -> None:
         """Compare what was read through with the file, now that it is complete.
 

@@ -88,6 +88,8 @@ class Arrivals:
             return
         self._ranks.together(self._await)
         self._ranks.together(self._prove)
+        for overlay in self.sources.values():
+            overlay.close()
         self.is_open = False
         self._record()
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hpcutils.data.shared import threads_may_call_mpi
 from hpcutils.errors import DataError, HpcutilsError, IntegrityError, SpecError
 from hpcutils.log import LOGGER
 from hpcutils.specs.job import Job
@@ -61,10 +62,9 @@ def _leaders(job: Job, ranks: Ranks) -> tuple[Leaders, bool]:
     overlap = job.data.stage == "overlap"
     if comm is None or comm.size == 1:
         return Leaders(None, node), overlap
-    from hpcutils.data.shared import threads_may_call_mpi
-
     if overlap and not threads_may_call_mpi():
-        LOGGER.warning("MPI was not started for threads: data is staged before training, not meanwhile")
+        if comm.rank == 0:
+            LOGGER.warning("MPI was not started for threads: data is staged before training, not meanwhile")
         overlap = False
     return Leaders(comm.Dup() if overlap else comm, node), overlap
 
