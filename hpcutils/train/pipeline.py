@@ -61,9 +61,10 @@ class Copy:
         self.recipe = recipe
         self.sequence = call(recipe)
         self.batches = count_batches(self.sequence, recipe.reference)
-        # Keras' word for "other copies make batches, too": a Sequence may then not wait in `on_epoch_end` for batches that this
-        # copy is never asked for (`MatrixSequence` does not).
-        self.sequence.use_multiprocessing = True
+        if hasattr(self.sequence, "use_multiprocessing"):
+            # Keras' word for "other copies make batches, too": `MatrixSequence`, for one, then does not wait in `on_epoch_end`
+            # for batches that this copy is never asked for.
+            self.sequence.use_multiprocessing = True
         self._ended, self._begun = 0, False
 
     def begin(self, epoch: int) -> None:
@@ -141,7 +142,8 @@ def count_batches(sequence: Any, reference: str) -> int:
     try:
         count = sequence.num_batches if hasattr(type(sequence), "num_batches") else len(sequence)
     except (TypeError, NotImplementedError) as exc:
-        raise SpecError(f"{reference} returned {type(sequence).__name__}, which has no number of batches: {exc}") from exc
+        what = f"{reference} returned {type(sequence).__name__}, which has no number of batches: {exc}"
+        raise SpecError(what, "return an object of a class derived from hpcutils.utils.Sequence") from exc
     if count is None:
         raise SpecError(f"{reference}: a Sequence without end cannot be cut into epochs", "give it a __len__")
     if count < 1:

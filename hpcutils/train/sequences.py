@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 
 from hpcutils.data.batches import BatchCut, BatchEpoch, BatchOrder
 from hpcutils.data.order import Rows, Seat
-from hpcutils.errors import DataError, SpecError
+from hpcutils.errors import DataError
 from hpcutils.log import LOGGER
 from hpcutils.specs.job import Job
 from hpcutils.staging.stage import Staged
@@ -111,7 +110,7 @@ def open_sequences(job: Job, code: Path, ranks: Ranks, staged: dict[str, Staged]
     recipes = recipes_of(job, code, staged)
     # The processes import what they need while this one makes its own copies.
     processes = [InProcess(recipes) for _ in range(job.data.workers)] if job.data.use_processes else []
-    copies = {which: ranks.together(lambda recipe=recipe: make_copy(recipe)) for which, recipe in recipes.items()}  # type: ignore[misc]
+    copies = {which: ranks.together(lambda recipe=recipe: Copy(recipe)) for which, recipe in recipes.items()}  # type: ignore[misc]
     workers = Workers(processes or [InThread(copies) for _ in range(job.data.workers)])
     mode = "processes" if processes else "threads"
 
@@ -139,21 +138,6 @@ def recipes_of(job: Job, code: Path, staged: dict[str, Staged]) -> dict[str, Rec
         for which, reference in references.items()
         if reference is not None
     }
-
-
-def make_copy(recipe: Recipe) -> Copy:
-    """Make this rank's copy.
-
-    Raises:
-        SpecError: The function returned no Sequence.
-    """
-    copy = Copy(recipe)
-    if not isinstance(copy.sequence, keras.utils.PyDataset):
-        raise SpecError(
-            f"{recipe.reference} returned {type(copy.sequence).__name__}; a Sequence was expected",
-            "derive its class from hpcutils.utils.Sequence",
-        )
-    return copy
 
 
 def plan(copy: Copy, job: Job, ranks: Ranks, *, shuffle: bool) -> tuple[Form, BatchOrder]:
