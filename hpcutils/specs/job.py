@@ -88,6 +88,8 @@ class Data(Model):
         base = base_folder(info)
         if value is not None and base is not None and not (base / value).is_file():
             raise ValueError(f"no such file: {value} (the script that makes the data)")
+        if value is not None and info.data.get("files") == ():
+            raise ValueError("it makes the 'files' that are missing, and there are none")
         return value
 
     @model_validator(mode="after")
@@ -95,8 +97,6 @@ class Data(Model):
         names = [file.name for file in self.files]
         if len(set(names)) != len(names):
             raise ValueError(f"two files have the same name: {', '.join(names)}")
-        if self.make is not None and not names:
-            raise ValueError("'make' makes the 'files' that are missing, and there are none")
         for reference in filter(None, (self.x, self.y)):
             file, _, _ = reference.rpartition(":")
             if file and file not in names:

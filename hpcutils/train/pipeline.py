@@ -251,12 +251,13 @@ def checked(batch: Any, number: int, reference: str) -> Iterator[tuple[str, Arra
     Raises:
         DataError: It is not `(x, y)` or `(x, y, weight)` with rows.
     """
-    if not isinstance(batch, tuple) or len(batch) not in (2, 3) or not isinstance(batch[1], np.ndarray):
+    hint = "__getitem__ returns (x, y) or (x, y, weight); x may be a dict, tuple or list of arrays, the others are arrays"
+    if not isinstance(batch, tuple) or len(batch) not in (2, 3):
         what = f"a tuple of {len(batch)}" if isinstance(batch, tuple) else f"one {type(batch).__name__}"
-        raise DataError(
-            f"batch {number} of {reference} is {what}",
-            "__getitem__ returns (x, y) or (x, y, weight); x may be a dict, tuple or list of arrays, the others are arrays",
-        )
+        raise DataError(f"batch {number} of {reference} is {what}", hint)
+    for name, part in zip(("y", "weight"), batch[1:], strict=False):
+        if not isinstance(part, np.ndarray):
+            raise DataError(f"batch {number} of {reference}: {name} is a {type(part).__name__}, no array", hint)
     for name, array in parts_of(batch):
         if not isinstance(array, np.ndarray) or array.ndim < 1 or array.dtype == object:
             raise DataError(f"batch {number} of {reference}: {name} is no array with rows", "its first axis is the samples")

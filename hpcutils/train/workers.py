@@ -7,6 +7,7 @@ nothing of the launcher's variables, and end when this process does.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import queue
@@ -148,7 +149,9 @@ class InProcess:
 
     def close(self) -> None:
         """Ask the process to end, and see to it."""
-        self._stream.close()
+        # A question that a process did not live to read is still in the buffer.
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.close()
         self._end()
 
     def _say(self, words: Any) -> None:
