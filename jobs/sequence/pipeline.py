@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from hpcutils.utils import Sequence
 
@@ -40,13 +39,19 @@ class Digits(Sequence):
         self.epoch += 1
 
 
-def training(rows):
-    """Return the Sequence to train on; the arguments are `data.args` of train.yaml."""
-    digits = load_digits()
-    return Digits(digits.images[:-HELD_OUT].astype("float32") / 16, digits.target[:-HELD_OUT], rows, moves=True)
+def training(files, rows):
+    """Return the Sequence to train on; `files` are those of `data.files`, the other arguments are `data.args` of train.yaml."""
+    images, labels = load(files["digits.npz"])
+    return Digits(images[:-HELD_OUT], labels[:-HELD_OUT], rows, moves=True)
 
 
-def held_out(rows):
+def held_out(files, rows):
     """Return the held-out Sequence."""
-    digits = load_digits()
-    return Digits(digits.images[-HELD_OUT:].astype("float32") / 16, digits.target[-HELD_OUT:], rows, moves=False)
+    images, labels = load(files["digits.npz"])
+    return Digits(images[-HELD_OUT:], labels[-HELD_OUT:], rows, moves=False)
+
+
+def load(path):
+    """Return images `(n, 8, 8)` float32 from 0 to 1 and labels `(n,)`."""
+    with np.load(path) as data:
+        return data["images"].astype("float32") / 16, data["labels"]
