@@ -118,6 +118,21 @@ def stream(
         raise error(failure(argv, code, [shown(line) for line in last]), hint)
 
 
+def start(argv: Sequence[str], *, env: Mapping[str, str], keep_open: Sequence[int]) -> subprocess.Popen[bytes]:
+    """Start a program that lives beside this one, of our process group, and return it at once.
+
+    Args:
+        argv: Program and arguments.
+        env: Its whole environment.
+        keep_open: Numbers of open files that it takes over; no others.
+
+    Raises:
+        MissingPartError: There is no such program.
+    """
+    with _translating(argv):
+        return subprocess.Popen(list(argv), env=env, stdin=subprocess.DEVNULL, pass_fds=tuple(keep_open))
+
+
 def failure(argv: Sequence[str], code: int, lines: Sequence[str]) -> str:
     """Return the message of a failed program: its command, how it ended, its last lines."""
     ended = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +87,8 @@ class Order:
     seed: int = 0
     shuffle: bool = True
 
+    items = "samples"
+
     @property
     def samples(self) -> int:
         """Samples of an epoch."""
@@ -120,6 +122,10 @@ class Order:
         """Return the order of an epoch."""
         return Epoch(self, number)
 
+    def certificate(self) -> Certificate:
+        """Return the certificate of an epoch: each sample once."""
+        return certificate_of(self.samples)
+
     def digest(self) -> tuple[Any, ...]:
         """Return what all ranks must agree on before the first step: sizes, and the order's name."""
         facts = (self.samples, self.batch_size, self.seat.world_size, self.steps, self.shards, self.local_rows, self.seed)
@@ -131,6 +137,35 @@ class Order:
         middle = self.samples // 2
         some = np.concatenate([order.run(start, min(start + 512, self.samples)).rows for start in (0, middle)])
         return hashlib.sha256(some.astype("<i8").tobytes()).hexdigest()[:16]
+
+
+class Steps(Protocol):
+    """A plan of epochs as training sees it, whatever is dealt out: `Order`, or `hpcutils.data.batches.BatchOrder`.
+
+    Attributes:
+        items: What certificates count.
+    """
+
+    items: str
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def layout(self) -> Layout: ...
+    @property
+    def seat(self) -> Seat: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def local_rows(self) -> int: ...
+    def batch_samples(self, step: int) -> int: ...
+    def weight(self, step: int) -> float: ...
+    def certificate(self) -> Certificate: ...
+    def name(self) -> str: ...
 
 
 class Epoch:

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hpcutils.data.order import Certificate, Order
+from hpcutils.data.order import Certificate, Steps
 from hpcutils.errors import DataError
 
 
@@ -49,7 +49,7 @@ class DataState:
         except (ValueError, TypeError, KeyError) as exc:
             raise DataError(f"not a state of the data: {text[:80]!r}", "the checkpoint is damaged: take an older one") from exc
 
-    def resume(self, order: Order, data: str) -> int:
+    def resume(self, order: Steps, data: str) -> int:
         """Return the step of epoch `self.epoch` to go on with.
 
         Args:
@@ -70,7 +70,7 @@ class DataState:
         return self.consumed // self.batch_size
 
 
-def state_at(order: Order, epoch: int, step: int, data: str, seen: Certificate) -> DataState:
+def state_at(order: Steps, epoch: int, step: int, data: str, seen: Certificate) -> DataState:
     """Return the state before a step; after the last one it is the start of the next epoch."""
     if step >= order.steps:
         return DataState(order.seed, epoch + 1, 0, order.batch_size, data, order.name(), Certificate())

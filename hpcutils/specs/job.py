@@ -11,160 +11,46 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from hpcutils.errors import RequestError
-from hpcutils.hashing import DIGEST_LENGTHS
+from hpcutils.specs.files import DataFile, Model, Split, base_folder, check_function, check_overlap, has_manifest
 from hpcutils.specs.source import Location, Problem, read_yaml
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-FUNCTION_PATTERN = r"^(?P<file>[^:]+\.py):(?P<function>[A-Za-z_]\w*)$"
 TIME_PATTERN = re.compile(r"^(?:(?P<days>\d+)-)?(?:(?P<a>\d+):)?(?P<b>\d{1,2}):(?P<c>\d{2})$")
 
 
-class Model(BaseModel):
-    """Common settings: frozen, closed, strict enough that `"3"` is not a number."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-def base_folder(info: ValidationInfo) -> Path | None:
-    """Return the folder that relative paths start from; `None` when a resolved job is read back."""
-    return (info.context or {}).get("base")
-
-
-def check_function(value: str, info: ValidationInfo) -> str:
-    """Check `file.py:function`: its form, and that the file is there."""
-    match = re.match(FUNCTION_PATTERN, value)
-    if match is None:
-        raise ValueError(f"'file.py:function' was expected, got {value!r}")
-    base = base_folder(info)
-    if base is not None and not (base / match["file"]).is_file():
-        raise ValueError(f"no such file: {match['file']} (looked in the folder of the job file)")
-    return value
-
-
-class DataFile(Model):
-    """One HDF5 file, by path or by URL."""
-
-    path: str | None = None
-    url: str | None = None
-    sha256: str | None = None
-    extract: str | None = None
-
-    @field_validator("extract")
-    @classmethod
-    def _inside(cls, value: str | None) -> str | None:
-        if value is not None and any(part in ("", ".", "..") for part in value.split("/")):
-            raise ValueError(f"the path of a member of the archive was expected, got {value!r}")
-        return value
-
-    @field_validator("sha256")
-    @classmethod
-    def _digest(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        if len(value) != DIGEST_LENGTHS["sha256"]:
-            raise ValueError(f"a sha256 has 64 hexadecimal digits, this has {len(value)}")
-        if not re.fullmatch(r"[0-9a-fA-F]+", value):
-            raise ValueError("a sha256 has hexadecimal digits only")
-        return value.lower()
-
-    @field_validator("url")
-    @classmethod
-    def _scheme(cls, value: str | None) -> str | None:
-        if value is not None and urlsplit(value).scheme not in ("http", "https", "file"):
-            raise ValueError(f"an http, https or file URL was expected, got {value!r}")
-        return value
-
-    @field_validator("path")
-    @classmethod
-    def _exists(cls, value: str | None, info: ValidationInfo) -> str | None:
-        base = base_folder(info)
-        made = (info.context or {}).get("data_is_made", False)
-        if value is not None and base is not None and not made and not (base / value).is_file():
-            raise ValueError(f"no such file: {value} (looked in the folder of the job file)")
-        return value
-
-    @model_validator(mode="after")
-    def _one_source(self) -> DataFile:
-        if (self.path is None) == (self.url is None):
-            raise ValueError("give either 'path' or 'url'")
-        if self.url is not None and self.sha256 is None:
-            raise ValueError("a file by URL needs its 'sha256'")
-        return self
-
-    @property
-    def stored_name(self) -> str:
-        """The name of what is staged, without its folders: an archive's where a member of one is used."""
-        return Path(self.path if self.path is not None else urlsplit(self.url or "").path).name
-
-    @property
-    def name(self) -> str:
-        """The data file's own name, without its folders."""
-        return Path(self.extract).name if self.extract is not None else self.stored_name
-
-
-def has_manifest(info: ValidationInfo) -> bool:
-    """Return whether a file without a sha256 may be listed in a manifest; when a resolved job is read back, that was checked."""
-    return bool((info.context or {}).get("has_manifest", True))
-
-
-def check_overlap(files: tuple[DataFile, ...], read: str, has_manifest: bool) -> None:
-    """Raise `ValueError` where training cannot start before the data is there."""
-    if read == "mpio":
-        raise ValueError("'overlap' does not go with 'read: mpio': MPI-IO reads files that are there")
-    for file in files:
-        if file.extract is not None:
-            raise ValueError(f"'overlap' does not go with 'extract': {file.name} is there when all of its archive is")
-        if file.sha256 is None and not has_manifest:
-            raise ValueError(f"'overlap' must know what arrives: {file.name} has no 'sha256', and there is no 'staging.manifest'")
-
-
-class Split(Model):
-    """Half-open ranges of sample numbers; an end of `null` is the end of the data."""
-
-    train: tuple[int, int | None] = (0, None)
-    validation: tuple[int, int | None] | None = None
-
-    @field_validator("train", "validation", mode="before")
-    @classmethod
-    def _range(cls, value: Any) -> Any:
-        if value is None:
-            return None
-        if not isinstance(value, list | tuple) or len(value) != 2:
-            raise ValueError(f"[start, end] was expected, got {value!r}")
-        start, end = value
-        if not isinstance(start, int) or start < 0 or not (end is None or (isinstance(end, int) and end > start)):
-            raise ValueError(f"[start, end] with 0 <= start < end was expected, got {value!r}")
-        return tuple(value)
-
-
 class Data(Model):
-    """Where the samples are and which of them train."""
+    """Where the samples are and which of them train: datasets of HDF5 files, or batches that the user's own code makes."""
 
-    files: tuple[DataFile, ...]
-    x: str
-    y: str
+    sequence: str | None = None
+    files: Annotated[tuple[DataFile, ...], Field(validate_default=True)] = ()
+    x: Annotated[str | None, Field(validate_default=True)] = None
+    y: Annotated[str | None, Field(validate_default=True)] = None
     split: Split = Split()
     normalizer: str | None = None
     classes: Annotated[int, Field(ge=2)] | None = None
     read: Literal["window", "mpio", "independent"] = "window"
     stage: Literal["before", "overlap"] = "before"
     make: str | None = None
+    args: dict[str, Any] = Field(default={})
+    validation_sequence: str | None = None
+    workers: Annotated[int, Field(ge=1)] = 1
+    use_processes: bool = False
 
     @field_validator("files", mode="before")
     @classmethod
-    def _listed(cls, value: Any) -> Any:
-        if not value or not isinstance(value, list | tuple):
+    def _listed(cls, value: Any, info: ValidationInfo) -> Any:
+        optional = info.data.get("sequence", "wrong") is not None
+        if not isinstance(value, list | tuple) or not (value or optional):
             raise ValueError("a list of files was expected, each with a 'path' or a 'url'")
         return tuple(value)
 
-    @field_validator("normalizer")
+    @field_validator("sequence", "normalizer", "validation_sequence")
     @classmethod
-    def _normalizer(cls, value: str | None, info: ValidationInfo) -> str | None:
+    def _function(cls, value: str | None, info: ValidationInfo) -> str | None:
         return None if value is None else check_function(value, info)
 
     @field_validator("stage")
@@ -174,12 +60,44 @@ class Data(Model):
             check_overlap(info.data.get("files", ()), info.data.get("read", ""), has_manifest(info))
         return value
 
+    @field_validator("x", "y")
+    @classmethod
+    def _dataset(cls, value: str | None, info: ValidationInfo) -> str | None:
+        # One complaint is enough where both are missing: 'x' is not among the checked values then.
+        needed = info.data.get("sequence", "wrong") is None and (info.field_name == "x" or "x" in info.data)
+        if value is None and needed:
+            raise ValueError("is missing: a dataset of 'files', or else 'sequence' in place of x, y and split")
+        return value
+
+    @field_validator("x", "y", "split", "normalizer", "classes", "read", "stage")
+    @classmethod
+    def _of_datasets(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("sequence") is not None and _is_given(cls, value, info):
+            raise ValueError("belongs to datasets (x and y); the batches of a 'sequence' are taken as they are")
+        return value
+
+    @field_validator("args", "validation_sequence", "workers", "use_processes")
+    @classmethod
+    def _of_sequence(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("sequence", "wrong") is None and _is_given(cls, value, info):
+            raise ValueError("belongs to a 'sequence', and there is none")
+        return value
+
+    @field_validator("args")
+    @classmethod
+    def _args(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if "files" in value:
+            raise ValueError("'files' is what the function is given the staged files by; call yours otherwise")
+        return value
+
     @field_validator("make")
     @classmethod
     def _make(cls, value: str | None, info: ValidationInfo) -> str | None:
         base = base_folder(info)
         if value is not None and base is not None and not (base / value).is_file():
             raise ValueError(f"no such file: {value} (the script that makes the data)")
+        if value is not None and info.data.get("files") == ():
+            raise ValueError("it makes the 'files' that are missing, and there are none")
         return value
 
     @model_validator(mode="after")
@@ -187,11 +105,18 @@ class Data(Model):
         names = [file.name for file in self.files]
         if len(set(names)) != len(names):
             raise ValueError(f"two files have the same name: {', '.join(names)}")
-        for reference in (self.x, self.y):
+        for reference in filter(None, (self.x, self.y)):
             file, _, _ = reference.rpartition(":")
             if file and file not in names:
                 raise ValueError(f"{reference!r} names no file of 'files' ({', '.join(names)})")
         return self
+
+    @property
+    def datasets(self) -> tuple[str, str]:
+        """x and y of a job without a `sequence`."""
+        assert self.x is not None
+        assert self.y is not None
+        return self.x, self.y
 
     def locate(self, reference: str) -> tuple[str, str]:
         """Split `digits.h5:images` into file name and dataset; without a file the first one is meant."""
@@ -199,12 +124,17 @@ class Data(Model):
         return (file or self.files[0].name), dataset
 
 
+def _is_given(cls: type[BaseModel], value: Any, info: ValidationInfo) -> bool:
+    """Return whether a value says more than the key's default does: a resolved job spells all of them out."""
+    return bool(value != cls.model_fields[info.field_name or ""].default)
+
+
 class ModelSpec(Model):
     """The function that returns a Keras model."""
 
     function: str
-    args: dict[str, Any] = {}
-    custom_objects: dict[str, str] = {}
+    args: dict[str, Any] = Field(default={})
+    custom_objects: dict[str, str] = Field(default={})
 
     @field_validator("function")
     @classmethod

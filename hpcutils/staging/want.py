@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from hpcutils.specs.job import DataFile, Job
+from hpcutils.specs.files import DataFile
+from hpcutils.specs.job import Job
 from hpcutils.staging.cache import cache_root
 from hpcutils.staging.dataset import Dataset, dataset_of_file, dataset_of_manifest
 from hpcutils.staging.manifest import read_manifest

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hpcutils.data.arrays import to_categorical
-from hpcutils.data.order import Certificate, Cut, Epoch, Order
+from hpcutils.data.order import Certificate, Cut, Order, Rows, Steps
 from hpcutils.data.sequence import Sequence
 
-Array = NDArray[Any]
-Batch = tuple[Array, Array, Array]
+Array: TypeAlias = NDArray[Any]
+Arrays: TypeAlias = tuple[Array, ...]
+# From a step to the arrays of its batch, and the numbers of the items in it.
+Make: TypeAlias = Callable[[int], tuple[Arrays, Rows]]
 
 
 class Source(Protocol):
@@ -38,67 +41,61 @@ class Source(Protocol):
         """Let go of memory and files; the ranks of a node call it together."""
 
 
-class Feed(Sequence):
-    """The `(x, y, weight)` batches of one rank: the global batches of a `Sequence`, cut over the ranks.
+class Feed(Sequence, ABC):
+    """The `(x, y, weight)` batches of one rank: its part of every global batch.
 
     Whoever iterates before `begin_epoch`, or goes on after the next one, never touches what belongs to the epoch.
 
     Args:
-        source: The samples.
-        order: Which samples this rank takes at each step.
-        normalizer: Applied to each x batch, `(rows, ...)` to `(rows, ...)`.
-        classes: Turn integer labels into `(rows, classes)` float32, or `None`.
+        order: What this rank takes at each step.
+        mode: How it is read.
 
     Attributes:
-        certificate: Count, sum and xor of the samples that this rank's steps have used in this epoch.
+        certificate: Count, sum and xor of the items that this rank's steps have used in this epoch.
         first_step: The step that this epoch began with.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        order: Order,
-        normalizer: Callable[[Any], Any] | None = None,
-        classes: int | None = None,
-    ) -> None:
+    def __init__(self, order: Steps, mode: str) -> None:
         super().__init__()
-        self.source, self.order = source, order
-        self.normalizer, self.classes = normalizer, classes
+        self.order, self.mode = order, mode
         self.certificate = Certificate()
         self.first_step = 0
-        self._epoch: Epoch | None = None
+        self._make: Make | None = None
         # Of each batch that was made and not used yet: the certificate with it.
         self._made: deque[Certificate] = deque()
 
     def __len__(self) -> int:
         return self.order.steps
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Any:
         """Return batch `step` of the epoch that has begun, `order.local_rows` rows; steps are asked for in order."""
-        return self._make(self._epoch, step)[0] if self._epoch is not None else self.example()
+        return self.pack(self._make(step)[0] if self._make is not None else self.example())
 
     def begin_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Take the order of `epoch` from `first_step` on, and start to count anew; all ranks call it together."""
-        self._epoch, self.first_step = None, first_step
-        self.source.begin(epoch, first_step)
+        self._make, self.first_step = None, first_step
+        make = self._begin(epoch, first_step)
         self.certificate, self._made = Certificate(), deque()
-        self._epoch = self.order.epoch(epoch)
+        self._make = make
+
+    def end_epoch(self) -> None:
+        """Note that the epoch's steps are all done; all ranks call it together."""
 
     def used(self) -> None:
         """Count the next batch as used by a step."""
         self.certificate = self._made.popleft()
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[Arrays]:
         """Yield the batches of the epoch that has begun; before the first one, examples of the same shapes."""
-        epoch, made, certificate = self._epoch, self._made, Certificate()
-        if epoch is None:
+        make, made, certificate = self._make, self._made, Certificate()
+        if make is None:
             yield from [self.example()] * len(self)
             return
         for step in range(self.first_step, len(self)):
-            if self._epoch is not epoch:
+            if self._make is not make:
                 return
-            batch, cut = self._make(epoch, step)
-            certificate = certificate.add(cut.rows[: cut.real])
+            batch, items = make(step)
+            certificate = certificate.add(items)
             made.append(certificate)
             yield batch
 
@@ -111,33 +108,88 @@ class Feed(Sequence):
         import tensorflow as tf
 
         # As many examples as steps: no batch goes through it.
-        return tf.data.Dataset.from_tensors(self.example()).repeat(len(self) - first_step)
+        return tf.data.Dataset.from_tensors(self.pack(self.example())).repeat(len(self) - first_step)
 
     def close(self) -> None:
         """Let go of the data; all ranks call it together."""
-        self._epoch = None
-        self.source.close()
+        self._make = None
+        self._release()
 
-    def example(self) -> Batch:
+    def pack(self, parts: tuple[Any, ...]) -> Any:
+        """Return the arrays (or tensors) of a batch as `(x, y, weight)`."""
+        return parts
+
+    @abstractmethod
+    def example(self) -> Arrays:
+        """Return a batch of the first samples, with weights of 0."""
+
+    @abstractmethod
+    def chunks_read(self, epoch: int) -> int:
+        """Return how many chunks this rank fetched for an epoch; `order.layout.chunks` is all of them."""
+
+    @abstractmethod
+    def _begin(self, epoch: int, first_step: int) -> Make:
+        """Get ready for an epoch; return what makes its batches."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Give memory and files back."""
+
+
+class RowFeed(Feed):
+    """Batches of samples that are read row by row: the global batches of an `Order`, cut over the ranks.
+
+    Args:
+        source: The samples.
+        order: Which samples this rank takes at each step.
+        normalizer: Applied to each x batch, `(rows, ...)` to `(rows, ...)`.
+        classes: Turn integer labels into `(rows, classes)` float32, or `None`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        order: Order,
+        normalizer: Callable[[Any], Any] | None = None,
+        classes: int | None = None,
+    ) -> None:
+        super().__init__(order, source.mode)
+        self.source, self._order = source, order
+        self.normalizer, self.classes = normalizer, classes
+
+    def example(self) -> Arrays:
         """Return a batch of the first sample, with weights of 0."""
         x, y = self.source.example(self.order.local_rows)
         return *self._finished(x, y), np.zeros(self.order.local_rows, np.float32)
 
-    def _make(self, epoch: Epoch, step: int) -> tuple[Batch, Cut]:
-        cut = epoch.cut(step)
-        x, y = self._finished(*self.source.read(step, cut))
-        return (x, y, cut.weights), cut
+    def chunks_read(self, epoch: int) -> int:
+        """Return how many chunks of x this rank fetched for an epoch."""
+        return self.source.chunks_read(epoch)
+
+    def _begin(self, epoch: int, first_step: int) -> Make:
+        self.source.begin(epoch, first_step)
+        cuts = self._order.epoch(epoch)
+
+        def make(step: int) -> tuple[Arrays, Rows]:
+            cut = cuts.cut(step)
+            x, y = self._finished(*self.source.read(step, cut))
+            return (x, y, cut.weights), cut.rows[: cut.real]
+
+        return make
+
+    def _release(self) -> None:
+        self.source.close()
 
     def _finished(self, x: Array, y: Array) -> tuple[Array, Array]:
         if self.normalizer is not None:
             x = self.normalizer(x)
         if self.classes is not None:
             y = to_categorical(y, self.classes)
-        return _native(x), _native(y)
+        return native(x), native(y)
 
 
-def _native(array: Any) -> Array:
+def native(array: Any) -> Array:
     """Return the array in the machine's byte order, the only one that TensorFlow takes."""
     array = np.asarray(array)
-    native: Array = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
-    return native
+    swapped: Array = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    return swapped

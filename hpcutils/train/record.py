@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpcutils import fs
-from hpcutils.data.order import Certificate, certificate_of
+from hpcutils.data.order import Certificate
 from hpcutils.data.state import state_at
 from hpcutils.errors import EXIT_REQUEUE, DataError
 from hpcutils.log import LOGGER
@@ -77,6 +77,7 @@ class Tally:
             DataError: The samples that the ranks took are not the dataset.
         """
         self._check_coverage()
+        self.feed.end_epoch()
         loss, *states = self.sums()
         assign_flat(self._variables(), np.array(states))
         values = {name: float(value) for name, value in self.model.get_metrics_result().items()}
@@ -117,10 +118,10 @@ class Tally:
 
     def _check_coverage(self) -> None:
         seen = self.seen()
-        expected = certificate_of(self.feed.order.samples)
+        expected = self.feed.order.certificate()
         if seen != expected:
             raise DataError(
-                f"the ranks took {seen.count} samples of {expected.count}, and not each exactly once",
+                f"the ranks took {seen.count} {self.feed.order.items} of {expected.count}, and not each exactly once",
                 "this is a fault of hpcutils: please report it with the run's job.json",
             )
 
@@ -273,11 +274,11 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
 
     def _data_facts(self, epoch: int) -> dict[str, Any]:
         """Return how x was read, how often its chunks were fetched over all ranks, and the longest wait of a rank for its data."""
-        source, layout = self.training.source, self.training.order.layout
-        chunks = sum(self.ranks.gather(source.chunks_read(epoch)))
+        training = self.training
+        chunks = sum(self.ranks.gather(training.chunks_read(epoch)))
         return {
-            "read": source.mode,
-            "chunks_read": round(chunks / layout.chunks, 4),
+            "read": training.mode,
+            "chunks_read": round(chunks / training.order.layout.chunks, 4),
             "wait_s": round(max(self.ranks.gather(self._train.runner.wait_s)), 4),
         }
 

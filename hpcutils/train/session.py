@@ -31,10 +31,11 @@ from hpcutils.staging.stage import Staged
 from hpcutils.train.arrivals import Arrivals
 from hpcutils.train.checkpoint import restore, save_model
 from hpcutils.train.distribute import Reducer, connect, distribute_optimizer
-from hpcutils.train.feed import Feed
+from hpcutils.train.feed import Feed, RowFeed
 from hpcutils.train.ranks import Ranks
 from hpcutils.train.reading import open_source
 from hpcutils.train.record import Recorder, forget_epochs
+from hpcutils.train.sequences import open_sequences
 from hpcutils.train.usercode import load_function
 
 Normalizer = Callable[[Any], Any]
@@ -104,7 +105,8 @@ def fit(model: Any, training: Feed, validation: Feed | None, epochs: range, reco
 
 def name_data(job: Job, staged: dict[str, Staged]) -> str:
     """Return what names the training data: a hash of its files' digests and of which part of them is used."""
-    facts = [sorted((name, file.sha256) for name, file in staged.items()), job.data.x, job.data.y, job.data.split.train]
+    used = [job.data.sequence, job.data.args] if job.data.sequence is not None else [*job.data.datasets, job.data.split.train]
+    facts = [sorted((name, file.sha256) for name, file in staged.items()), *used]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -119,17 +121,21 @@ def custom_objects(job: Job, code: Path) -> Iterator[None]:
 @contextmanager
 def open_data(job: Job, run: RunDirectory, ranks: Ranks, arrivals: Arrivals) -> Iterator[tuple[Feed, Feed | None]]:
     """Yield this rank's training and held-out data; all ranks agree on both before the first step."""
+    if job.data.sequence is not None:
+        with open_sequences(job, run.code, ranks, arrivals.staged) as opened_sequences:
+            yield opened_sequences
+        return
     normalizer = load_function(job.data.normalizer, run.code) if job.data.normalizer is not None else None
     feeds: list[Feed] = []
 
     def opened(name: str, part: tuple[int, int | None], shuffle: bool) -> Feed:
-        x, y = (ranks.together(lambda ref=ref: _open(job, arrivals, ref, part)) for ref in (job.data.x, job.data.y))  # type: ignore[misc]
+        x, y = (ranks.together(lambda ref=ref: _open(job, arrivals, ref, part)) for ref in job.data.datasets)  # type: ignore[misc]
         order = Order(layout_of(x), job.training.batch_size, seed=job.training.seed, shuffle=shuffle)
         source, plan = open_source(x, y, order, ranks, job.data.read, job.training.epochs, arriving=arrivals.is_open)
         if ranks.world.rank == 0:
             LOGGER.info("%s: %d samples, %d steps of %d, read: %s", name, len(x), order.steps, order.batch_size, plan)
             look_at_mixing(order, y)
-        feeds.append(Feed(source, plan.order, normalizer, job.data.classes))
+        feeds.append(RowFeed(source, plan.order, normalizer, job.data.classes))
         return feeds[-1]
 
     split = job.data.split

@@ -34,6 +34,9 @@ class Batches(Protocol):
     def example(self) -> Batch:
         """Return a batch of the same shapes and types."""
 
+    def pack(self, parts: tuple[Any, ...]) -> Any:
+        """Return the parts of a batch, here tensors, as the step takes them."""
+
 
 class StepRunner:
     """Stands in for a Keras model's `train_function` or `test_function`.
@@ -70,7 +73,7 @@ class StepRunner:
         @tf.function(input_signature=signature)  # type: ignore[untyped-decorator]
         def run(*stacks: Any) -> None:
             for number in tf.range(tf.shape(stacks[0])[0]):
-                step(tuple(stack[number] for stack in stacks))
+                step(batches.pack(tuple(stack[number] for stack in stacks)))
 
         self._run = run
         self.done, self.called, self.wait_s = 0, 0, 0.0

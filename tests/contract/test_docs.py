@@ -36,7 +36,8 @@ def test_links_lead_somewhere():
 
 
 def test_every_key_of_train_yaml_is_documented():
-    from hpcutils.specs.job import Checkpoints, Data, DataFile, Job, ModelSpec, Resources, Split, Staging, Training
+    from hpcutils.specs.files import DataFile, Split
+    from hpcutils.specs.job import Checkpoints, Data, Job, ModelSpec, Resources, Staging, Training
 
     text = (ROOT / "docs" / "reference" / "train-yaml.md").read_text()
     keys = {key for cls in (Data, Job, ModelSpec, Resources, Training, Checkpoints, Staging) for key in cls.model_fields}

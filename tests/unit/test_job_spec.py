@@ -192,3 +192,76 @@ def test_overlap_with_a_digest_or_a_manifest(folder):
 def test_a_stage_that_is_none(folder):
     said = failure(folder, GOOD.replace("  y: labels\n", "  y: labels\n  stage: never\n"))
     assert said == "train.yaml:7:10: data.stage: 'before' or 'overlap' was expected, got 'never'"
+
+
+SEQUENCE = """\
+name: tiny
+data:
+  sequence: pipeline.py:make
+  args: {rows: 16}
+  workers: 2
+  use_processes: true
+model:
+  function: model.py:build
+training:
+  epochs: 1
+  batch_size: 8
+  loss: mse
+"""
+
+
+@pytest.fixture
+def with_pipeline(folder: Path) -> Path:
+    (folder / "pipeline.py").write_text("def make(): ...\n")
+    return folder
+
+
+def test_a_sequence_in_place_of_datasets(with_pipeline):
+    job = load(with_pipeline, SEQUENCE)
+    assert (job.data.sequence, job.data.args, job.data.files) == ("pipeline.py:make", {"rows": 16}, ())
+    assert (job.data.workers, job.data.use_processes, job.data.validation_sequence) == (2, True, None)
+    assert read_job(job.model_dump_json()) == job
+    with_files = SEQUENCE.replace("  workers: 2", "  files: [{path: data.h5}]\n  validation_sequence: pipeline.py:other")
+    assert read_job(load(with_pipeline, with_files).model_dump_json()).data.files[0].name == "data.h5"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("workers: 2", "x: images", "5:6: data.x: belongs to datasets (x and y)"),
+        ("workers: 2", "classes: 10", "5:12: data.classes: belongs to datasets"),
+        ("workers: 2", "normalizer: model.py:scale", "5:15: data.normalizer: belongs to datasets"),
+        ("workers: 2", "split: {train: [0, 5]}", "5:10: data.split: belongs to datasets"),
+        ("workers: 2", "read: mpio", "5:9: data.read: belongs to datasets"),
+        ("workers: 2", "workers: 0", "5:12: data.workers: 1 or more was expected, got 0"),
+        ("workers: 2", "make: make.py", "5:9: data.make: it makes the 'files' that are missing, and there are none"),
+        ("{rows: 16}", "{files: 16}", "4:9: data.args: 'files' is what the function is given"),
+        ("use_processes", "use_process", "6:3: unknown key 'use_process'; did you mean 'use_processes'?"),
+        ("  sequence:", "  seqence:", "3:3: unknown key 'seqence'; did you mean 'sequence'?"),
+        ("pipeline.py:make", "pipelin.py:make", "3:13: data.sequence: no such file: pipelin.py"),
+        ("pipeline.py:make", "make", "3:13: data.sequence: 'file.py:function' was expected, got 'make'"),
+        ("  workers: 2", "  validation_sequence: gone.py:make", "5:24: data.validation_sequence: no such file: gone.py"),
+    ],
+)
+def test_what_a_sequence_does_not_go_with(with_pipeline, old, new, said):
+    (with_pipeline / "make.py").write_text("")
+    message = failure(with_pipeline, SEQUENCE.replace(old, new))
+    assert f"train.yaml:{said}" in message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("  x: images\n", "", "2:1: data.x: is missing: a dataset of 'files', or else 'sequence' in place of x, y and split"),
+        ("  y: labels\n", "", "2:1: data.y: is missing: a dataset of 'files', or else 'sequence'"),
+        ("  y: labels\n", "  y: labels\n  workers: 2\n", "7:12: data.workers: belongs to a 'sequence', and there is none"),
+        ("  files:\n    - path: data.h5\n", "", "2:1: data.files: a list of files was expected"),
+    ],
+)
+def test_what_datasets_need_and_do_not_go_with(folder, old, new, said):
+    assert failure(folder, GOOD.replace(old, new)).splitlines()[0].startswith(f"train.yaml:{said}")
+
+
+def test_neither_datasets_nor_a_sequence_is_one_complaint(folder):
+    text = GOOD.replace("  x: images\n  y: labels\n", "")
+    assert len(failure(folder, text).splitlines()) == 1

@@ -9,7 +9,7 @@ from hpcutils.data.order import Certificate, Order, Seat, certificate_of
 from hpcutils.data.shards import POOL_BYTES, Layout
 from hpcutils.data.windows import layout_of, window_bytes
 from hpcutils.errors import DataError
-from hpcutils.train.feed import Feed
+from hpcutils.train.feed import RowFeed
 from hpcutils.train.ranks import Ranks
 from hpcutils.train.reading import RowSource, open_source, plan_reading, seats
 from hpcutils.world import World
@@ -32,9 +32,9 @@ def matrices(path):
         yield x, y
 
 
-def feed_of(matrices, **more) -> Feed:
+def feed_of(matrices, **more) -> RowFeed:
     x, y = matrices
-    return Feed(RowSource(x, y, None, True), Order(layout_of(x), 8, seed=2), **more)
+    return RowFeed(RowSource(x, y, None, True), Order(layout_of(x), 8, seed=2), **more)
 
 
 def test_what_fits_is_in_memory(matrices):
