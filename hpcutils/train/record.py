@@ -44,6 +44,7 @@ class Tally:
 
     Attributes:
         runner: What runs the steps.
+        epoch: Which one has begun; -1 before the first.
     """
 
     def __init__(self, model: Any, step: Callable[[Any], Any], feed: Feed, ranks: Ranks, per_call: int) -> None:
@@ -51,9 +52,12 @@ class Tally:
         self.runner = StepRunner(step, feed, feed.order.steps, per_call, self._before_last_step, self._after_call)
         self._loss = next(metric for metric in model.metrics if metric.name == "loss")
         self._before: dict[int, Values] = {}
+        self.epoch = -1
 
     def begin(self, epoch: int, progress: Progress | None = None) -> None:
-        """Start a pass, or go on with one in its middle."""
+        """Start a pass, or go on with one in its middle: its first batches are made from now on. All ranks call it together."""
+        self.runner.end()
+        self.epoch = epoch
         state = progress.state if progress is not None else None
         first_step = state.consumed // state.batch_size if state is not None else 0
         self.feed.begin_epoch(epoch, first_step)
@@ -166,7 +170,10 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
             model.test_function = self._held_out.runner
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._train.begin(epoch, self.progress if epoch == self.progress.epochs else None)
+        if self._train.epoch != epoch:
+            self._train.begin(epoch, self.progress if epoch == self.progress.epochs else None)
+        if self._held_out is not None and self._held_out.epoch != epoch:
+            self._held_out.begin(epoch)
         self._epoch, self._calls, self._next_look = epoch, 0, 1
         self._values: dict[str, float] = {}
         self._started = time.perf_counter()
@@ -194,12 +201,11 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
     def on_test_begin(self, logs: Any = None) -> None:
         # Keras clears the metrics right after this call.
         self._finish_training()
-        if self._held_out is not None:
-            self._held_out.begin(self._epoch)
 
     def on_test_end(self, logs: Any = None) -> None:
         if self._held_out is not None:
             self._values |= {f"val_{name}": value for name, value in self._held_out.finish().items()}
+            self._begin_next(self._held_out)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if not self._values:
@@ -220,6 +226,10 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
 
     def _stop(self, when: str) -> None:
         LOGGER.warning("the time limit is near: stopping %s to be run again", when)
+        # No thread may be inside of MPI when this process leaves it.
+        for tally in (self._train, self._held_out):
+            if tally is not None:
+                tally.runner.end()
         if self.ranks.world.rank == 0:
             # Before the first rank goes: srun ends the others then, this one perhaps among them.
             fs.write_text(self.run.stopped, f"{when}\n")
@@ -227,24 +237,29 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         raise SystemExit(EXIT_REQUEUE)
 
     def _finish_training(self) -> None:
-        self._seconds = time.perf_counter() - self._started
+        seconds = time.perf_counter() - self._started
         self._values |= self._train.finish()
         average_state(self.template, self.ranks)
-
-    def _write(self, epoch: int) -> None:
-        """Append the epoch's line, on rank 0."""
         order = self.training.order
         samples = order.samples - self.training.first_step * order.batch_size
-        line = {
-            "epoch": epoch + 1,
-            **self._values,
+        self._facts = {
             "samples": order.samples,
             "steps": order.steps,
             "coverage": "exact",
-            "seconds": round(self._seconds, 4),
-            "samples_per_s": round(samples / self._seconds, 1),
-            **self._data_facts(epoch),
+            "seconds": round(seconds, 4),
+            "samples_per_s": round(samples / seconds, 1),
+            **self._data_facts(self._epoch),
         }
+        self._begin_next(self._train)
+
+    def _begin_next(self, tally: Tally) -> None:
+        """Let the first batches of a tally's next pass be made while something else goes on: held-out data, a checkpoint."""
+        if self._epoch + 1 < self.job.training.epochs:
+            tally.begin(self._epoch + 1)
+
+    def _write(self, epoch: int) -> None:
+        """Append the epoch's line, on rank 0."""
+        line = {"epoch": epoch + 1, **self._values, **self._facts}
         self.history.append(line)
         if self.ranks.world.rank != 0:
             return
@@ -254,7 +269,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         LOGGER.info(
             "epoch %d/%d  %s  %.0f samples/s  waited %.1f %%",
             *(epoch + 1, self.job.training.epochs, values, line["samples_per_s"]),
-            100 * line["wait_s"] / self._seconds,
+            100 * line["wait_s"] / line["seconds"],
         )
 
     def _data_facts(self, epoch: int) -> dict[str, Any]:
