@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpcutils.data.shared import SharedMemory
+from hpcutils.data.shared import SharedMemory, wait_for_all
 from hpcutils.log import LOGGER
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class NodeArray:
         self.chunks_read = -(-(stop - start) // matrix.chunk_rows)
         self._memory.sync()
         if node is not None:
-            node.Barrier()
+            wait_for_all(node)
         self._memory.sync()
         LOGGER.debug("%d bytes in memory: rows %d to %d are from this rank", matrix.nbytes, start, stop)
 

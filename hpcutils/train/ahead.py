@@ -1,11 +1,12 @@
-"""Batches stacked for calls of several steps, made ahead by a thread of their own."""
+"""Batches stacked for calls of several steps: made ahead by a thread of their own, or where they are asked for."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,19 @@ Batch: TypeAlias = tuple[NDArray[Any], ...]
 
 # A thread that is told to end has a batch to finish first.
 PATIENCE_S = 5.0
+
+
+class Stacks(Protocol):
+    """Where a pass takes its batches from."""
+
+    def is_ready(self) -> bool:
+        """Tell whether `take` would return without waiting for data."""
+
+    def take(self, most: int) -> Batch:
+        """Return the next batches, at least one and up to `most` of the same call, as arrays `(count, rows, ...)`."""
+
+    def end(self) -> None:
+        """Make no more."""
 
 
 class Ahead:
@@ -104,6 +118,31 @@ class Ahead:
             self._changed.notify_all()
             self._changed.wait_for(lambda: len(self._made) < 2 * self._per_call or self._ended)
             return not self._ended
+
+
+class Here:
+    """Batches made in the thread that takes them, always `most`: for data whose reading is MPI's affair.
+
+    Args:
+        batches: Of one pass.
+    """
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+
+    def is_ready(self) -> bool:
+        """Nothing ever is."""
+        return False
+
+    def take(self, most: int) -> Batch:
+        """Make `most` batches: as many on every rank, or one could wait in a step for another that waits for its data."""
+        made = list(itertools.islice(self._batches, most))
+        if len(made) < most:
+            raise DataError(f"the data ended {most - len(made)} batches too early")
+        return tuple(np.stack(parts) for parts in zip(*made, strict=True))
+
+    def end(self) -> None:
+        """Nothing is being made."""
 
 
 def _fill(stack: Batch, place: int, batch: Batch) -> None:

@@ -18,9 +18,15 @@ Batch = tuple[Array, Array, Array]
 
 
 class Source(Protocol):
-    """Where samples come from: the rows of x and y, read together."""
+    """Where samples come from: the rows of x and y, read together.
+
+    Attributes:
+        mode: How they are read.
+        needs_main_thread: Whether reading calls MPI, which allows that in the main thread only or takes one call at a time.
+    """
 
     mode: str
+    needs_main_thread: bool
 
     def begin(self, epoch: int, first_step: int) -> None:
         """Get ready to read an epoch from a step on; the ranks of a node call it together."""
@@ -52,6 +58,7 @@ class Feed(Sequence):
     Attributes:
         certificate: Count, sum and xor of the samples that this rank's steps have used in this epoch.
         first_step: The step that this epoch began with.
+        needs_main_thread: The source's.
     """
 
     def __init__(
@@ -64,6 +71,7 @@ class Feed(Sequence):
         super().__init__()
         self.source, self.order = source, order
         self.normalizer, self.classes = normalizer, classes
+        self.needs_main_thread = source.needs_main_thread
         self.certificate = Certificate()
         self.first_step = 0
         self._epoch: Epoch | None = None

@@ -105,6 +105,8 @@ class RowSource:
         in_memory: Whether to decode all of both first.
     """
 
+    needs_main_thread = False
+
     def __init__(self, x: HDF5Matrix, y: HDF5Matrix, node: Any, in_memory: bool) -> None:
         self.mode = "memory" if in_memory else "independent"
         self._x, self._y = (NodeArray(matrix, node, in_memory) for matrix in (x, y))
@@ -145,6 +147,8 @@ class WindowSource:
         together = plan.mode == "mpio" and node is not None
         self.mode: str = plan.mode
         self._reader = (CollectiveReader if together else WindowReader)(matrices, plan.order, node, epochs)
+        # Without threads of its own it decodes and waits in the thread that reads.
+        self.needs_main_thread: bool = not self._reader.in_background
 
     def begin(self, epoch: int, first_step: int) -> None:
         self._reader.begin(epoch, first_step)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import tensorflow as tf
 
-from hpcutils.train.ahead import Ahead, Batch
+from hpcutils.train.ahead import Ahead, Batch, Here, Stacks
 
 STEPS_PER_CALL = 16
 # Of one call's batches; larger ones take so long that a call for each costs nothing.
@@ -22,7 +22,13 @@ STACK_BYTES = 8 << 20
 
 
 class Batches(Protocol):
-    """What a pass runs over."""
+    """What a pass runs over.
+
+    Attributes:
+        needs_main_thread: Whether batches must be made in the thread that runs the steps.
+    """
+
+    needs_main_thread: bool
 
     def batches(self) -> Iterator[Batch]:
         """Yield the batches of the pass that has begun, arrays `(rows, ...)`."""
@@ -70,13 +76,14 @@ class StepRunner:
 
         self._run = run
         self.done, self.wait_s = 0, 0.0
-        self._stacks: Ahead | None = None
+        self._stacks: Stacks | None = None
 
     def begin(self, first_step: int = 0) -> None:
         """Start a pass, with its first step or a later one; its data has begun."""
         self.end()
         self.done, self.wait_s = first_step, 0.0
-        self._stacks = Ahead(self._batches.batches(), self._steps - first_step, self._per_call)
+        batches, steps = self._batches.batches(), self._steps - first_step
+        self._stacks = Here(batches) if self._batches.needs_main_thread else Ahead(batches, steps, self._per_call)
 
     def end(self) -> None:
         """Give a pass up, if there is one: its batches are made no more."""

@@ -1,14 +1,26 @@
-"""`hpcutils.train.entry` where memory is as good as full, so that a small data set is read in windows; may be asked to stop.
+"""`hpcutils.train.entry` where memory is as good as full, so that a small data set is read in windows.
 
-    python entry_in_windows.py RUN [STEP]
+    python entry_in_windows.py RUN [stop=STEP] [kill=STEP] [lose=1] [level=LEVEL] [main_thread=1]
 
-After STEP steps of its first epoch the run is asked to stop, as Slurm does near the time limit.
+stop         asks the run to stop after so many steps of its first epoch, as Slurm does near the time limit
+kill         the last rank kills itself (SIGKILL) after so many steps of its first epoch
+lose         rank 0 counts one of its samples as another
+level        the thread level that MPI is asked for
+main_thread  calls of the data path to MPI fail in any other thread
+
+Each rank appends a line to RUN/seen-RANK.jsonl for each batch that a step has used: epoch, step, its samples.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+import signal
 import sys
+import threading
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +29,84 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
-from hpcutils.data import shards
+from hpcutils.data import collective, shards, shared, windows
+from hpcutils.data.order import Epoch
 from hpcutils.train import entry, reading
+
+RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
 
 
 def main() -> None:
-    run, stop_at = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None
+    run = Path(sys.argv[1])
+    options = dict(word.split("=") for word in sys.argv[2:])
     shards.POOL_BYTES = 64 << 10
     reading.free_memory_bytes = lambda: 1 << 20
-    if stop_at is not None:
-        stop_after(stop_at, run)
+    if "level" in options:
+        import mpi4py
+
+        mpi4py.rc.thread_level = options["level"]
+    if "main_thread" in options:
+        guard_mpi()
+    write_down(run / f"seen-{RANK}.jsonl")
+    if "lose" in options and RANK == 0:
+        lose()
+    if "stop" in options:
+        stop_after(int(options["stop"]), run)
+    if "kill" in options:
+        kill_after(int(options["kill"]))
     entry.run_rank(str(run))
+
+
+def guard_mpi() -> None:
+    """Make what the data path calls of MPI fail in any thread but the first."""
+
+    def guarded(call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def checked(*args: Any) -> Any:
+            if threading.current_thread() is not threading.main_thread():
+                raise AssertionError(f"{call.__qualname__} was called in {threading.current_thread().name}")
+            return call(*args)
+
+        return checked
+
+    shared.SharedMemory.sync = guarded(shared.SharedMemory.sync)
+    windows.wait_for_all = guarded(windows.wait_for_all)
+    collective.CollectiveReader._read_together = guarded(collective.CollectiveReader._read_together)
+
+
+def write_down(path: Path) -> None:
+    """Append the samples of each batch of the training data once a step has used it."""
+    from hpcutils.train.feed import Feed
+
+    make, used = Feed._make, Feed.used
+
+    def make_and_note(self: Any, epoch: Epoch, step: int) -> Any:
+        batch, cut = make(self, epoch, step)
+        self.__dict__.setdefault("noted", deque()).append((epoch.number, step, cut.rows[: cut.real].tolist()))
+        return batch, cut
+
+    def use_and_write(self: Any) -> None:
+        used(self)
+        note = self.noted.popleft()
+        if self.order.shuffle:
+            with path.open("a") as stream:
+                stream.write(json.dumps(note) + "\n")
+
+    Feed._make, Feed.used = make_and_note, use_and_write
+
+
+def lose() -> None:
+    from hpcutils.train.feed import Feed
+
+    make = Feed._make
+
+    def make_wrongly(self: Any, epoch: Epoch, step: int) -> Any:
+        batch, cut = make(self, epoch, step)
+        if step == 3:
+            cut.rows[0] = (cut.rows[0] + 1) % self.order.samples
+        return batch, cut
+
+    Feed._make = make_wrongly
 
 
 def stop_after(step: int, run: Path) -> None:
@@ -42,6 +121,21 @@ def stop_after(step: int, run: Path) -> None:
         look(self)
 
     record.Recorder._look_for_stop = ask_and_look
+
+
+def kill_after(step: int) -> None:
+    """End the last rank as the kernel does when memory runs out: nothing is flushed, nobody is told."""
+    from hpcutils.train.steps import StepRunner
+
+    call = StepRunner.__call__
+
+    def call_and_die(self: Any, iterator: Any) -> Any:
+        done = call(self, iterator)
+        if self.done >= step and int(os.environ["OMPI_COMM_WORLD_SIZE"]) == RANK + 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    StepRunner.__call__ = call_and_die
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def test_stopped_and_gone_on_with_by_four_two_and_three_ranks(job_file):
 
     run = new_run(job_file, "stopped", 4)
     for ranks, step in ((4, 17), (2, 41)):
-        done = start(run, ranks, str(step))
+        done = start(run, ranks, f"stop={step}")
         assert f"stopping after step {step} of epoch 1" in done.stderr, done.stderr[-3000:]
         assert done.returncode == 75
         assert [path.suffix for path in sorted(run.checkpoints.glob(f"epoch-0000-step-{step:08d}.*"))] == [".json", ".keras"]
@@ -110,9 +110,19 @@ def test_a_damaged_chunk_ends_the_run_with_the_code_of_data(job_file):
     assert "dataset /images, chunk at (2000, 0, 0, 0)" in done.stderr
 
 
+def test_without_mpi_in_threads_all_of_it_is_called_in_the_main_one(job_file):
+    """Where MPI takes calls of one thread at a time, windows are decoded, and waited for, by the thread that runs the steps."""
+    run = new_run(job_file, "serialized", 2)
+    done = start(run, 2, "level=serialized", "main_thread=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [(line["read"], line["chunks_read"], line["coverage"]) for line in lines(run)] == [("window", 1.0, "exact")] * 2
+    done = start(new_run(job_file, "multiple", 2), 2, "main_thread=1")
+    assert "was called in hpcutils-" in done.stderr, "the guard sees threads"
+
+
 def test_another_data_set_cannot_go_on(job_file):
     run = new_run(job_file, "other", 1)
-    assert start(run, 1, "5").returncode == 75
+    assert start(run, 1, "stop=5").returncode == 75
     resolved = json.loads(run.job.read_text())
     resolved["training"]["batch_size"] = 32
     run.job.write_text(json.dumps(resolved))

@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from hpcutils.errors import DataError
 from hpcutils.train import steps as steps_module
-from hpcutils.train.ahead import Ahead
+from hpcutils.train.ahead import Ahead, Here
 from hpcutils.train.steps import StepRunner, most_at_once, steps_per_call
 
 
 class Numbers:
     """Batches of two arrays that say which they are."""
+
+    needs_main_thread = False
 
     def __init__(self, steps, fault_at=None):
         self.steps, self.fault_at = steps, fault_at
@@ -189,3 +192,33 @@ def test_what_a_device_still_computes_is_no_waiting_for_data(monkeypatch):
     synced.clear()
     runner(None)
     assert synced == []
+
+
+def test_data_that_needs_the_main_thread_is_made_in_it():
+    threads: list = []
+
+    class Noted(Numbers):
+        needs_main_thread = True
+
+        def batches(self):
+            for batch in super().batches():
+                threads.append(threading.current_thread())
+                yield batch
+
+    seen: list = []
+    runner = runner_of(Noted(9), 4, seen)
+    runner.begin()
+    assert threads == []
+    for _ in range(3):
+        runner(None)
+    assert [item[0] for item in seen if isinstance(item, tuple)] == list(range(9))
+    assert set(threads) == {threading.main_thread()}
+    assert runner.wait_s > 0
+
+
+def test_every_rank_makes_as_many_at_once_where_ranks_wait_for_each_other():
+    here = Here(Numbers(5).batches())
+    assert not here.is_ready()
+    assert values(here.take(3)) == [0, 1, 2]
+    with pytest.raises(DataError, match="ended 1 batches too early"):
+        here.take(3)
