@@ -217,6 +217,7 @@ SCALE = """
 import resource, sys, time
 import numpy as np
 from hpcutils.data.order import Order, Seat
+from hpcutils.data.schedule import plan_memory, schedule
 from hpcutils.data.shards import Layout
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 started = time.process_time()
@@ -224,12 +225,18 @@ order = Order(Layout(10**9, 64, 0, 12288), 65536, Seat(48, 11, 86, 3), 1)
 order.digest()
 last = order.epoch(3).cut(order.steps - 1)
 middle = order.epoch(3).cut(order.steps // 2)
+# Cut by count alone, a node looks at the windows of all shards, five million.
+order = Order(order.layout, 65536, Seat(1, 0, 4096, 11), 1)
+slots = plan_memory(order).slots
+for step in (0, order.steps // 2, order.steps - 1):
+    task = next(schedule(order, slots, 3, step, 9))
+    assert task.epoch == 3 and task.before // order.steps == 3 and task.before <= 3 * order.steps + step, task
 print(time.process_time() - started, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, middle.real)
 """
 
 
 def test_a_thousand_million_samples_over_four_thousand_ranks():
-    """Plan, and two steps far apart, in seconds of processor time and MB beyond numpy's own."""
+    """Plan, two steps far apart, windows from three places on: seconds of processor time and MB beyond numpy's own."""
     done = subprocess.run([sys.executable, "-c", SCALE], capture_output=True, text=True, check=True)
     seconds, megabytes, rows = map(float, done.stdout.split())
     assert seconds < 1
