@@ -161,6 +161,8 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         self.data, self.progress = data, progress
         self.history: list[dict[str, Any]] = []
         per_call = steps_per_call(training, *([validation] if validation is not None else []))
+        # A checkpoint lies between two calls.
+        per_call = min(per_call, job.checkpoints.every_steps or per_call)
         self._train = Tally(model, model.train_step, training, ranks, per_call)
         # Before `fit` begins: it looks at both then.
         model.train_function, model.steps_per_execution = self._train.runner, per_call
@@ -175,11 +177,15 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         if self._held_out is not None and self._held_out.epoch != epoch:
             self._held_out.begin(epoch)
         self._epoch, self._calls, self._next_look = epoch, 0, 1
+        self._saved_step = self._train.runner.done
         self._values: dict[str, float] = {}
         self._started = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self._calls += 1
+        step, every = self._train.runner.done, self.job.checkpoints.every_steps
+        if every is not None and step // every > self._saved_step // every and step < self.training.order.steps:
+            self._save_at(step)
         if self._calls == self._next_look:
             self._look_for_stop()
 
@@ -189,14 +195,21 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         next_look = self._calls + min(max(1, int(LOOK_S * self._calls / now_s)), self._calls)
         asked = now_s > LOOK_S and self.ranks.world.rank == 0 and self.run.stop.exists()
         asked, self._next_look = self.ranks.broadcast((asked, next_look))
-        step, order = self._train.runner.done, self.training.order
-        if not asked or step >= order.steps:
+        step = self._train.runner.done
+        if not asked or step >= self.training.order.steps:
             return
-        average_state(self.template, self.ranks)
-        state, sums = state_at(order, self._epoch, step, self.data, self._train.seen()), self._train.sums()
-        if self.ranks.world.rank == 0:
-            save_checkpoint(self.template, self.run, state, self.job.checkpoints.keep, sums)
+        if step != self._saved_step:
+            self._save_at(step)
         self._stop(f"after step {step} of epoch {self._epoch + 1}")
+
+    def _save_at(self, step: int) -> None:
+        """Write a checkpoint in the middle of the epoch; all ranks call it together."""
+        average_state(self.template, self.ranks)
+        seen, sums = self._train.seen(), self._train.sums()
+        if self.ranks.world.rank == 0:
+            state = state_at(self.training.order, self._epoch, step, self.data, seen)
+            save_checkpoint(self.template, self.run, state, self.job.checkpoints.keep, sums)
+        self._saved_step = step
 
     def on_test_begin(self, logs: Any = None) -> None:
         # Keras clears the metrics right after this call.

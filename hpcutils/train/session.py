@@ -28,7 +28,7 @@ from hpcutils.models.summary import print_summary
 from hpcutils.rundir import RunDirectory
 from hpcutils.specs.job import Job
 from hpcutils.staging.stage import Staged
-from hpcutils.train.checkpoint import restore, save_model
+from hpcutils.train.checkpoint import Progress, restore, save_model
 from hpcutils.train.distribute import Reducer, connect, distribute_optimizer
 from hpcutils.train.feed import Feed
 from hpcutils.train.ranks import Ranks
@@ -52,7 +52,7 @@ def run(job: Job, run: RunDirectory, ranks: Ranks, staged: dict[str, Staged], de
         # A shared file system may show a checkpoint to some ranks sooner than to others: rank 0's counts.
         progress = ranks.broadcast(restore(template, optimizer, run))
         data = name_data(job, staged)
-        first_step = progress.state.resume(training.order, data) if progress.state is not None else 0
+        first_step = go_on(progress, training, data)
         share_state(template, optimizer, reducer, ranks.world.rank)
         kept = forget_epochs(run, progress.epochs) if ranks.world.rank == 0 else []
         if ranks.world.rank == 0:
@@ -97,6 +97,21 @@ def fit(model: Any, training: Feed, validation: Feed | None, epochs: range, reco
         verbose=0,
         callbacks=[recorder],
     )
+
+
+def go_on(progress: Progress, training: Feed, data: str) -> int:
+    """Return the step of the next epoch to go on with.
+
+    Raises:
+        DataError: The checkpoint is not of this data, seed or, in the middle of an epoch, batch size.
+    """
+    state, order = progress.state, training.order
+    if state is None:
+        return 0
+    first_step = state.resume(order, data)
+    if state.batch_size != order.batch_size:
+        LOGGER.warning("from epoch %d on batches have %d samples; they had %d", state.epoch + 1, order.batch_size, state.batch_size)
+    return first_step
 
 
 def name_data(job: Job, staged: dict[str, Staged]) -> str:
