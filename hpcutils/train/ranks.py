@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from hpcutils.data.order import Certificate
 from hpcutils.data.shared import wait_for_all
 from hpcutils.errors import HpcutilsError, MissingPartError
 from hpcutils.world import World, check_against_mpi
@@ -69,6 +70,10 @@ class Ranks:
         total = np.empty_like(array)
         self.comm.Allreduce(np.ascontiguousarray(array), total)
         return total
+
+    def join(self, own: Certificate) -> Certificate:
+        """Return the certificate of all ranks' samples together."""
+        return own.over(self.comm) if self.comm is not None else own
 
     def barrier(self) -> None:
         """Wait for all ranks."""

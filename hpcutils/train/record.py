@@ -52,6 +52,7 @@ class Tally:
         self.runner = StepRunner(step, feed, feed.order.steps, per_call, self._before_last_step, self._after_call)
         self._loss = next(metric for metric in model.metrics if metric.name == "loss")
         self._before: dict[int, Values] = {}
+        self._expected = whole_certificate(feed.order.samples, ranks)
         self.epoch = -1
 
     def begin(self, epoch: int, progress: Progress | None = None) -> None:
@@ -93,10 +94,7 @@ class Tally:
 
     def seen(self) -> Certificate:
         """Return the certificate of what the steps of all ranks have used in this epoch."""
-        seen = self._seen_before
-        for part in self.ranks.gather(self.feed.certificate):
-            seen = seen.join(part)
-        return seen
+        return self._seen_before.join(self.ranks.join(self.feed.certificate))
 
     def _variables(self) -> list[Any]:
         return [variable for variable in self.model.metrics_variables if variable.dtype.startswith("float")]
@@ -120,7 +118,7 @@ class Tally:
 
     def _check_coverage(self) -> None:
         seen = self.seen()
-        expected = certificate_of(self.feed.order.samples)
+        expected = self._expected
         if seen != expected:
             raise DataError(
                 f"the ranks took {seen.count} samples of {expected.count}, and not each exactly once",
@@ -294,6 +292,12 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
             "chunks_read": round(chunks / layout.chunks, 4),
             "wait_s": round(max(self.ranks.gather(self._train.runner.wait_s)), 4),
         }
+
+
+def whole_certificate(samples: int, ranks: Ranks) -> Certificate:
+    """Return the certificate of each sample once; each rank works out a part of it."""
+    rank, size = ranks.world.rank, ranks.world.world_size
+    return ranks.join(certificate_of(samples * (rank + 1) // size, samples * rank // size))
 
 
 def average_state(model: Any, ranks: Ranks) -> None:

@@ -190,6 +190,14 @@ def test_certificates_join(rows, cut):
     assert Certificate().add(array[:cut]).join(Certificate().add(array[cut:])) == Certificate().add(array)
 
 
+@given(samples=st.integers(1, 300), parts=st.integers(1, 9))
+def test_the_certificate_of_a_dataset_is_that_of_its_parts(samples, parts):
+    joined = Certificate()
+    for part in range(parts):
+        joined = joined.join(certificate_of(samples * (part + 1) // parts, samples * part // parts, block=7))
+    assert joined == certificate_of(samples)
+
+
 @given(samples=st.integers(2, 300), lost=st.integers(0, 299), twice=st.integers(0, 299))
 def test_a_sample_lost_and_another_taken_twice_shows(samples, lost, twice):
     lost, twice = lost % samples, twice % samples

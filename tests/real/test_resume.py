@@ -121,6 +121,12 @@ def test_without_mpi_in_threads_all_of_it_is_called_in_the_main_one(job_file):
     assert "was called in hpcutils-" in done.stderr, "the guard sees threads"
 
 
+def test_a_sample_that_is_lost_ends_the_job(job_file):
+    done = start(new_run(job_file, "lossy", 2), 2, "lose=1")
+    assert done.returncode == 5, done.stderr[-3000:]
+    assert "the ranks took 5001 samples of 5001, and not each exactly once" in done.stderr
+
+
 def change(run: RunDirectory, part: str, **values: object) -> None:
     """Change the resolved job of a run."""
     resolved = json.loads(run.job.read_text())
