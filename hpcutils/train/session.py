@@ -31,6 +31,7 @@ from hpcutils.staging.stage import Staged
 from hpcutils.train.checkpoint import Progress, restore, save_model
 from hpcutils.train.distribute import Reducer, connect, distribute_optimizer
 from hpcutils.train.feed import Feed
+from hpcutils.train.masks import count_over_ranks
 from hpcutils.train.ranks import Ranks
 from hpcutils.train.reading import open_source
 from hpcutils.train.record import Recorder, forget_epochs
@@ -213,6 +214,7 @@ def prepare_model(template: Any, job: Job, device_names: list[str], reducer: Red
             jit_compile=False,
             auto_scale_loss=False,
         )
+    count_over_ranks(model, reducer)
     optimizer.build(model.trainable_variables)
     return model, optimizer
 
