@@ -1,12 +1,13 @@
 """The order: every sample once, the same global batches for any world, the true mean, any position at once."""
 
+import itertools
 import subprocess
 import sys
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcutils.data.order import Certificate, Order, Seat, certificate_of
@@ -37,13 +38,14 @@ def worlds(draw, layout):
 def plans(draw):
     """Orders of all ranks, an epoch."""
     layout = draw(layouts())
-    seed, batch = draw(st.integers(0, 2**32 - 1)), draw(st.integers(1, 64))
+    seed, batch = draw(st.integers(0, 2**32 - 1)), draw(st.integers(1, 200))
     shuffle = draw(st.booleans())
     ranks = draw(st.integers(1, 9))
     seats = draw(worlds(layout)) if shuffle else [Seat(ranks=ranks, rank=rank) for rank in range(ranks)]
     return [Order(layout, batch, seat, seed, shuffle) for seat in seats], draw(st.integers(0, 5))
 
 
+@settings(max_examples=300)
 @given(plans())
 def test_every_sample_exactly_once_in_equal_steps(plan):
     orders, number = plan
@@ -71,6 +73,7 @@ def test_global_batches_do_not_depend_on_the_world(plan):
         assert all(set(epoch.cut(step).rows) <= set(whole.rows[: whole.real]) for epoch in epochs), "padding is of the batch"
 
 
+@settings(max_examples=300)
 @given(plans())
 def test_the_mean_over_ranks_is_the_mean_over_samples(plan):
     orders, number = plan
@@ -82,6 +85,32 @@ def test_the_mean_over_ranks_is_the_mean_over_samples(plan):
         means = [float((values[cut.rows] * cut.weights).mean()) for cut in (epoch.cut(step) for epoch in epochs)]
         whole = alone.cut(step)
         np.testing.assert_allclose(np.mean(means), values[whole.rows[: whole.real]].mean(), rtol=0, atol=1e-6)
+
+
+SIZES = (1, 2, 7, 9, 31, 64, 127, 200)
+BATCHES = (1, 3, 8, 9, 63, 64, 199, 200)
+
+
+@pytest.mark.parametrize("ranks", range(1, 10))
+def test_every_world_on_a_grid_of_sizes(ranks):
+    """Every (N, batch, ranks) of a grid, cut by count and, where that goes, by nodes: exactly once, equal steps, the true mean."""
+    values = np.random.default_rng(1).normal(size=200)
+    for samples, batch in itertools.product(SIZES, BATCHES):
+        layout = Layout(samples, 4, 3, ROW_BYTES[1])
+        for nodes in (n for n in range(1, ranks + 1) if ranks % n == 0 and shard_count(layout) % n == 0):
+            seats = [Seat(nodes, node, ranks // nodes, rank) for node in range(nodes) for rank in range(ranks // nodes)]
+            epochs = [Order(layout, batch, seat, 3).epoch(1) for seat in seats]
+            seen, means = [], []
+            for step in range(-(-samples // batch)):
+                cuts = [epoch.cut(step) for epoch in epochs]
+                assert len({len(cut.rows) for cut in cuts}) == 1
+                rows = np.concatenate([cut.rows[: cut.real] for cut in cuts])
+                seen.append(rows)
+                means.append(np.mean([(values[cut.rows] * cut.weights).mean() for cut in cuts]) - values[rows].mean())
+            assert {epoch.order.steps for epoch in epochs} == {len(seen)}
+            assert [len(rows) for rows in seen[:-1]] == [batch] * (len(seen) - 1)
+            np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(samples))
+            assert np.abs(means).max() < 1e-6, (samples, batch, nodes)
 
 
 @given(plans())

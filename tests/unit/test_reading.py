@@ -9,9 +9,11 @@ from hpcutils.data.order import Certificate, Order, Seat, certificate_of
 from hpcutils.data.shards import POOL_BYTES, Layout
 from hpcutils.data.windows import layout_of
 from hpcutils.errors import DataError
+from hpcutils.log import LOGGER
 from hpcutils.train.feed import Feed
 from hpcutils.train.ranks import Ranks
-from hpcutils.train.reading import RowSource, open_source, plan_reading, seats
+from hpcutils.train.reading import RowSource, agree, open_source, plan_reading, seats
+from hpcutils.train.session import look_at_mixing
 from hpcutils.world import World
 
 ROWS = 50
@@ -122,3 +124,54 @@ def test_normalizers_see_batches_of_the_files_type(matrices):
     x, _, _ = next(feed.batches())
     assert seen == [np.dtype(">u2")]
     assert x.dtype == np.float32
+
+
+class Two:
+    """Two ranks, the other of which says what it is told to."""
+
+    def __init__(self, change) -> None:
+        self.change = change
+
+    def gather(self, value):
+        return [value, self.change(value)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plan: ("window", *plan[1:]),
+        lambda plan: (plan[0], plan[1] + 1, *plan[2:]),
+        lambda plan: (*plan[:-3], "another order", *plan[-2:]),
+        lambda plan: (*plan[:-1], ((51,), "<i4")),
+    ],
+    ids=["mode", "samples", "order", "labels"],
+)
+def test_ranks_that_plan_differently_are_an_error(matrices, change):
+    x, y = matrices
+    plan, _ = plan_reading(x, y, Order(layout_of(x), 8), None, "window", 1 << 30)
+    agree(plan, (x, y), Two(lambda own: own))
+    with pytest.raises(DataError, match=r"rank 1 plans .* rank 0 plans"):
+        agree(plan, (x, y), Two(change))
+
+
+@pytest.mark.parametrize(
+    ("labels", "chunk_rows", "said"),
+    [
+        (np.arange(20_000) // 2000, 10, ["neighbours share theirs"]),
+        (np.arange(20_000) // 2000, 5000, ["neighbours share theirs; windows mix them too little"]),
+        (np.random.default_rng(0).integers(0, 10, 20_000), 10, []),
+    ],
+    ids=["sorted", "sorted in large chunks", "mixed"],
+)
+def test_files_that_are_sorted_by_label_are_warned_of(tmp_path, caplog, labels, chunk_rows, said):
+    with h5py.File(tmp_path / "labels.h5", "w") as file:
+        file["y"] = labels
+    order = Order(Layout(len(labels), chunk_rows, 0, POOL_BYTES // 8000), 200)
+    with HDF5Matrix(tmp_path / "labels.h5", "y") as y, caplog.at_level("INFO", logger=LOGGER.name):
+        look_at_mixing(order, y)
+    assert "samples move" in caplog.text
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == len(said)
+    assert all(words in line for words, line in zip(said, warned, strict=True))
+    if len(said) and "windows" not in said[0]:
+        assert "windows" not in warned[0]
