@@ -69,7 +69,7 @@ class NodeArray:
         block = max(BLOCK_BYTES // max(matrix.row_bytes, 1) // matrix.chunk_rows, 1) * matrix.chunk_rows
         for first in range(start, stop, block):
             self._rows[first : min(first + block, stop)] = matrix[first : min(first + block, stop)]
-        self.chunks_read = -(-(stop - start) // matrix.chunk_rows)
+        self.chunks_read = -(-(stop - start) // matrix.chunk_rows) * matrix.chunk_pieces
         self._memory.sync()
         if node is not None:
             wait_for_all(node)

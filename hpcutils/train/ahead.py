@@ -15,6 +15,8 @@ from hpcutils.errors import DataError
 
 Batch: TypeAlias = tuple[NDArray[Any], ...]
 
+# Whose batches are in memory at one time: the call that runs, and two that are made ahead.
+CALLS_HELD = 3
 # A thread that is told to end has a batch to finish first.
 PATIENCE_S = 5.0
 
@@ -116,7 +118,7 @@ class Ahead:
         with self._changed:
             self._made.append((stack, place))
             self._changed.notify_all()
-            self._changed.wait_for(lambda: len(self._made) < 2 * self._per_call or self._ended)
+            self._changed.wait_for(lambda: len(self._made) < (CALLS_HELD - 1) * self._per_call or self._ended)
             return not self._ended
 
 

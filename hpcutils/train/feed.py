@@ -27,6 +27,8 @@ class Source(Protocol):
 
     mode: str
     needs_main_thread: bool
+    # Chunks that x has in the file.
+    chunks: int
 
     def begin(self, epoch: int, first_step: int) -> None:
         """Get ready to read an epoch from a step on; the ranks of a node call it together."""
@@ -37,8 +39,8 @@ class Source(Protocol):
     def example(self, rows: int) -> tuple[Array, Array]:
         """Return the first sample `rows` times over, at any time."""
 
-    def chunks_read(self, epoch: int) -> int:
-        """Return how many chunks of x this rank fetched for an epoch."""
+    def chunks_read(self, epoch: int) -> int | None:
+        """Return how many chunks of x this rank fetched for an epoch; `None` where nobody counts."""
 
     def close(self) -> None:
         """Let go of memory and files; the ranks of a node call it together."""

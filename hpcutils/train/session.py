@@ -33,8 +33,9 @@ from hpcutils.train.distribute import Reducer, connect, distribute_optimizer
 from hpcutils.train.feed import Feed
 from hpcutils.train.masks import count_over_ranks
 from hpcutils.train.ranks import Ranks
-from hpcutils.train.reading import open_source
+from hpcutils.train.reading import ReadPlan, open_source
 from hpcutils.train.record import Recorder, forget_epochs
+from hpcutils.train.steps import held_bytes
 from hpcutils.train.usercode import load_function
 
 Normalizer = Callable[[Any], Any]
@@ -134,6 +135,7 @@ def open_data(job: Job, run: RunDirectory, ranks: Ranks, staged: dict[str, Stage
     """Yield this rank's training and held-out data; all ranks agree on both before the first step."""
     normalizer = load_function(job.data.normalizer, run.code) if job.data.normalizer is not None else None
     feeds: list[Feed] = []
+    plans: list[ReadPlan] = []
 
     def opened(name: str, part: tuple[int, int | None], shuffle: bool) -> Feed:
         x, y = (ranks.together(lambda ref=ref: _open(job, staged, ref, part)) for ref in (job.data.x, job.data.y))  # type: ignore[misc]
@@ -142,16 +144,30 @@ def open_data(job: Job, run: RunDirectory, ranks: Ranks, staged: dict[str, Stage
         if ranks.world.rank == 0:
             LOGGER.info("%s: %d samples, %d steps of %d, read: %s", name, len(x), order.steps, order.batch_size, plan)
             look_at_mixing(order, y)
+        plans.append(plan)
         feeds.append(Feed(source, plan.order, normalizer, job.data.classes))
         return feeds[-1]
 
     split = job.data.split
     training = opened("training data", split.train, shuffle=True)
     validation = opened("held-out data", split.validation, shuffle=False) if split.validation is not None else None
+    if ranks.world.rank == 0:
+        LOGGER.info("memory: %s", memory_of(plans, feeds))
     yield training, validation
     # Not in a `finally`: giving shared memory back is collective, and after an error the other ranks are not coming.
     for feed in feeds:
         feed.close()
+
+
+def memory_of(plans: list[ReadPlan], feeds: list[Feed]) -> str:
+    """Return what all data together takes: of a node, and of each rank beside that."""
+    shared = sum(plan.memory_bytes for plan in plans)
+    # One cache a process, whatever is read.
+    ahead, cache = held_bytes(*feeds), max(plan.cache_bytes for plan in plans)
+    return (
+        f"{shared / 2**20:.1f} MiB of a node for data, and of each rank {ahead / 2**20:.1f} MiB for batches"
+        f"{f', up to {cache / 2**20:.0f} MiB for chunks' if cache else ''}"
+    )
 
 
 def look_at_mixing(order: Order, labels: HDF5Matrix) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import tensorflow as tf
 
-from hpcutils.train.ahead import Ahead, Batch, Here, Stacks
+from hpcutils.train.ahead import CALLS_HELD, Ahead, Batch, Here, Stacks
 
 STEPS_PER_CALL = 16
 # Of one call's batches; larger ones take so long that a call for each costs nothing.
@@ -118,8 +118,17 @@ class StepRunner:
 
 def steps_per_call(*passes: Batches) -> int:
     """Return how many steps a call takes: one number for all passes, as Keras has one."""
-    largest = max(sum(array.nbytes for array in batches.example()) for batches in passes)
-    return max(1, min(STEPS_PER_CALL, STACK_BYTES // largest))
+    return max(1, min(STEPS_PER_CALL, STACK_BYTES // max(map(batch_bytes, passes))))
+
+
+def batch_bytes(batches: Batches) -> int:
+    """Return the size of a batch."""
+    return sum(array.nbytes for array in batches.example())
+
+
+def held_bytes(*passes: Batches) -> int:
+    """Return what the batches of passes that are under way at one time take, those made ahead included."""
+    return CALLS_HELD * steps_per_call(*passes) * sum(map(batch_bytes, passes))
 
 
 def most_at_once(done: int, stop: int, steps: int) -> int:

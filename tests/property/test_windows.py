@@ -57,8 +57,8 @@ def test_rows_are_the_files_and_each_chunk_is_fetched_once(path, data):
                 np.testing.assert_array_equal(labels, cut.rows + start)
                 np.testing.assert_array_equal(rows, labels[:, None, None] * 24 + np.arange(24).reshape(4, 6))
             if first_step == 0:
-                columns = 4 if name == "cut" else 1
-                assert reader.chunks_read(epoch) == layout.chunks * columns
+                assert x.chunk_pieces == (4 if name == "cut" else 1)
+                assert reader.chunks_read(epoch) == layout.chunks * x.chunk_pieces
         reader.close()
 
 

@@ -13,7 +13,8 @@ from hpcutils.log import LOGGER
 from hpcutils.train.feed import Feed
 from hpcutils.train.ranks import Ranks
 from hpcutils.train.reading import RowSource, agree, open_source, plan_reading, seats
-from hpcutils.train.session import look_at_mixing
+from hpcutils.train.session import look_at_mixing, memory_of
+from hpcutils.train.steps import held_bytes
 from hpcutils.world import World
 
 ROWS = 50
@@ -43,8 +44,9 @@ def test_what_fits_is_in_memory(matrices):
     x, y = matrices
     order = Order(layout_of(x), 8)
     assert plan_reading(x, y, order, None, "window", x.nbytes + y.nbytes)[0].mode == "memory"
-    plan, short = plan_reading(x, y, order, None, "independent", 1 << 30)
-    assert (plan.mode, plan.memory_bytes, short) == ("independent", 0, None)
+    plan, short = plan_reading(x, y, order, None, "independent", 1 << 30, 128 << 20)
+    assert (plan.mode, plan.memory_bytes, plan.cache_bytes, short) == ("independent", 0, 128 << 20, None)
+    assert str(plan) == "independent (6 shards, 0.0 MiB a node, up to 128 MiB of chunks a rank)"
 
 
 def test_what_does_not_fit_is_read_in_windows_or_by_each_rank(matrices):
@@ -175,3 +177,27 @@ def test_files_that_are_sorted_by_label_are_warned_of(tmp_path, caplog, labels, 
     assert all(words in line for words, line in zip(said, warned, strict=True))
     if len(said) and "windows" not in said[0]:
         assert "windows" not in warned[0]
+
+
+def test_the_plan_states_all_memory(matrices):
+    x, y = matrices
+    feed = feed_of(matrices)
+    size = 8 * (4 * 2 + y.dtype.itemsize + 4)
+    assert held_bytes(feed) == 3 * 16 * size
+    assert held_bytes(feed, feed) == 2 * held_bytes(feed)
+    plans = [plan_reading(x, y, feed.order, None, read, 1 << 30, 256 << 20)[0] for read in ("window", "independent")]
+    said = memory_of(plans, [feed, feed])
+    node = f"{(x.nbytes + y.nbytes) / 2**20:.1f} MiB of a node for data"
+    assert said == f"{node}, and of each rank 0.0 MiB for batches, up to 256 MiB for chunks"
+    assert "chunks" not in memory_of(plans[:1], [feed])
+
+
+@pytest.mark.parametrize(("in_memory", "counts"), [(True, [24, 0]), (False, [None, None])])
+def test_chunks_that_cut_rows_are_counted_as_the_file_has_them(tmp_path, in_memory, counts):
+    with h5py.File(tmp_path / "cut.h5", "w") as file:
+        file.create_dataset("x", data=np.zeros((20, 4, 6)), chunks=(5, 2, 2), compression="gzip")
+        file["y"] = np.zeros(20)
+    with HDF5Matrix(tmp_path / "cut.h5", "x") as x, HDF5Matrix(tmp_path / "cut.h5", "y") as y:
+        source = RowSource(x, y, None, in_memory)
+        assert source.chunks == 24
+        assert [source.chunks_read(epoch) for epoch in range(2)] == counts
