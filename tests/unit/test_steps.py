@@ -222,3 +222,45 @@ def test_every_rank_makes_as_many_at_once_where_ranks_wait_for_each_other():
     assert values(here.take(3)) == [0, 1, 2]
     with pytest.raises(DataError, match="ended 1 batches too early"):
         here.take(3)
+
+
+def test_an_error_stays_whoever_asks_again():
+    ahead = Ahead(Numbers(8, fault_at=1).batches(), 8, 4)
+    assert values(ahead.take(4)) == [0]
+    for _ in range(3):
+        with pytest.raises(OSError, match="batch 1 cannot be read"):
+            ahead.take(4)
+    assert not ahead.thread.is_alive()
+
+
+def test_data_that_ends_early_is_an_error():
+    ahead = Ahead(Numbers(3).batches(), 5, 2)
+    assert [values(ahead.take(1)) for _ in range(3)] == [[0], [1], [2]]
+    with pytest.raises(DataError, match="ended after 3 batches of 5"):
+        ahead.take(1)
+
+
+def test_a_batch_of_another_shape_is_an_error():
+    batches = [(np.zeros((3, 2)),), (np.zeros((1, 2)),)]
+    ahead = Ahead(iter(batches), 2, 2)
+    ahead.take(1)
+    with pytest.raises(DataError, match=r"an array \(1, 2\) where the others have \(3, 2\)"):
+        ahead.take(1)
+
+
+def test_the_thread_of_a_pass_that_was_given_up_ends():
+    before = set(threading.enumerate())
+    runner = runner_of(Gated(40, permits=40), 4, [])
+    runner.begin()
+    runner(None)
+    first = runner._stacks
+    wait_for(lambda: len(first._made) == 8)
+    runner.begin()
+    assert not first.thread.is_alive()
+    second = runner._stacks
+    runner.end()
+    assert not second.thread.is_alive()
+    assert {thread for thread in threading.enumerate() if thread.name == "hpcutils-batches"} <= before
+    with pytest.raises(RuntimeError, match="was ended"):
+        while True:
+            second.take(4)
