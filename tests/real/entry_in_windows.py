@@ -33,7 +33,7 @@ from hpcutils.data import collective, shards, shared, windows
 from hpcutils.data.order import Epoch
 from hpcutils.train import entry, reading
 
-RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
+RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 def main() -> None:
