@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpcutils.data.order import Certificate, Order, Rows, Seat, certificate_of
+from hpcutils.data.order import Order, Rows, Seat
 from hpcutils.data.shards import Layout
 from hpcutils.errors import DataError
 
@@ -111,10 +111,6 @@ class BatchOrder:
     def epoch(self, number: int) -> BatchEpoch:
         """Return the order of an epoch."""
         return BatchEpoch(self, number)
-
-    def certificate(self) -> Certificate:
-        """Return the certificate of an epoch: each batch once."""
-        return certificate_of(self.batches)
 
     def digest(self) -> tuple[Any, ...]:
         """Return what all ranks must agree on before the first step."""

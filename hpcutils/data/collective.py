@@ -2,7 +2,8 @@
 
 `with dataset.collective:` of h5py reads plain numbers through a short cut that does not look at it (since h5py 3.0): here the
 low-level read is called with the transfer property itself. Every rank takes part in every read, also with nothing to read: a
-rank that stayed away would leave the others waiting for ever. Reads lie between the steps, in the thread that asks for the batch.
+rank that stayed away would leave the others waiting for ever. Reads lie between the steps, in
+the thread that runs them (`needs_main_thread`); HDF5's own calls wait inside of MPI, ours asleep.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class HDF5Matrix:
         reader = self._open().reader
         self.start, self.end = self._bounds(start, end, reader.shape[0])
         self._file_rows = reader.shape[1:], reader.dtype
-        self.chunk_rows = reader.block_rows
+        self.chunk_rows, self.chunk_pieces = reader.block_rows, reader.block_pieces
         self._row_shape, self.dtype = self._probe(reader)
 
     @classmethod

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpcutils.data.shared import SharedMemory
+from hpcutils.data.shared import SharedMemory, wait_for_all
 from hpcutils.log import LOGGER
 
 if TYPE_CHECKING:
@@ -69,10 +69,10 @@ class NodeArray:
         block = max(BLOCK_BYTES // max(matrix.row_bytes, 1) // matrix.chunk_rows, 1) * matrix.chunk_rows
         for first in range(start, stop, block):
             self._rows[first : min(first + block, stop)] = matrix[first : min(first + block, stop)]
-        self.chunks_read = -(-(stop - start) // matrix.chunk_rows)
+        self.chunks_read = -(-(stop - start) // matrix.chunk_rows) * matrix.chunk_pieces
         self._memory.sync()
         if node is not None:
-            node.Barrier()
+            wait_for_all(node)
         self._memory.sync()
         LOGGER.debug("%d bytes in memory: rows %d to %d are from this rank", matrix.nbytes, start, stop)
 

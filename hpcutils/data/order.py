@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -122,10 +122,6 @@ class Order:
         """Return the order of an epoch."""
         return Epoch(self, number)
 
-    def certificate(self) -> Certificate:
-        """Return the certificate of an epoch: each sample once."""
-        return certificate_of(self.samples)
-
     def digest(self) -> tuple[Any, ...]:
         """Return what all ranks must agree on before the first step: sizes, and the order's name."""
         facts = (self.samples, self.batch_size, self.seat.world_size, self.steps, self.shards, self.local_rows, self.seed)
@@ -164,7 +160,6 @@ class Steps(Protocol):
     def local_rows(self) -> int: ...
     def batch_samples(self, step: int) -> int: ...
     def weight(self, step: int) -> float: ...
-    def certificate(self) -> Certificate: ...
     def name(self) -> str: ...
 
 
@@ -236,11 +231,20 @@ class Certificate:
         """Return the certificate of both multisets together."""
         return Certificate(self.count + other.count, (self.total + other.total) % 2**64, self.xor ^ other.xor)
 
+    def over(self, comm: Any) -> Certificate:
+        """Return the certificate of the multisets of all ranks of an mpi4py communicator; all call it together."""
+        from mpi4py import MPI
 
-@lru_cache(8)
-def certificate_of(samples: int, block: int = 1 << 16) -> Certificate:
-    """Return the certificate of a whole dataset, each sample once, in constant memory; some 10 ns a sample, once."""
+        # 24 bytes, whatever the number of ranks; unsigned numbers are added mod 2^64.
+        sums, xor = np.array([self.count, self.total], np.uint64), np.array([self.xor], np.uint64)
+        comm.Allreduce(MPI.IN_PLACE, sums, op=MPI.SUM)
+        comm.Allreduce(MPI.IN_PLACE, xor, op=MPI.BXOR)
+        return Certificate(int(sums[0]), int(sums[1]), int(xor[0]))
+
+
+def certificate_of(samples: int, first: int = 0, block: int = 1 << 16) -> Certificate:
+    """Return the certificate of samples `first` to `samples`, each once, in constant memory; some 4 ns a sample."""
     certificate = Certificate()
-    for start in range(0, samples, block):
+    for start in range(first, samples, block):
         certificate = certificate.add(np.arange(start, min(start + block, samples), dtype=np.int64))
     return certificate

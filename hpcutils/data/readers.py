@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import weakref
 from collections.abc import Iterator
@@ -52,11 +53,17 @@ HELD_BYTES = CACHE_LEAST_BYTES // 8
 
 
 class Reader(Protocol):
-    """What `HDF5Matrix` asks of a dataset. `block_rows` are the rows that are cheapest read together."""
+    """What `HDF5Matrix` asks of a dataset.
+
+    Attributes:
+        block_rows: The rows that are cheapest read together.
+        block_pieces: What `read_into` counts for them: the chunks that rows are cut into, or 1.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     block_rows: int
+    block_pieces: int
 
     def read(self, rows: Rows) -> NDArray[Any]:
         """Return `(len(rows), *shape[1:])`; rows lie in range, in any order, and may repeat."""
@@ -99,6 +106,7 @@ class ChunkReader:
         self.block_rows = dataset.chunks[0]
         self._dataset, self._pipeline, self._token, self._places = dataset, pipeline, token, places
         self._chunks: tuple[int, ...] = dataset.chunks
+        self.block_pieces = math.prod(-(-n // c) for n, c in zip(self.shape[1:], self._chunks[1:], strict=True))
         self._size_bytes = int(np.prod(self._chunks, dtype=np.int64)) * self.dtype.itemsize
         self._library = LibraryReader(dataset, token)
 
@@ -212,6 +220,8 @@ class OwnDescriptor:
 class ContiguousReader:
     """Reads a dataset that is one unfiltered block of plain numbers."""
 
+    block_pieces = 1
+
     def __init__(self, dataset: h5py.Dataset, offset_bytes: int, source: ByteSource) -> None:
         self.shape, self.dtype = dataset.shape, dataset.dtype
         self._row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
@@ -260,6 +270,8 @@ class ContiguousReader:
 
 class LibraryReader:
     """Reads any dataset through h5py, whole chunks at a time where rows are scattered."""
+
+    block_pieces = 1
 
     def __init__(self, dataset: h5py.Dataset, token: Token) -> None:
         empty = library_read(dataset, slice(0, 0))

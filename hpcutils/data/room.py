@@ -49,20 +49,28 @@ def _own_limits(proc: Path) -> Iterator[int]:
 
 
 def _group_limits(proc: Path, cgroups: Path) -> Iterator[int]:
-    """Yield the memory limits of this process' control group (version 2) and of all above it."""
+    """Yield the memory limits of this process' control group and of all above it, of version 2 and of version 1."""
     try:
         lines = (proc / "self" / "cgroup").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return
-    group = next((line[3:] for line in lines if line.startswith("0::")), None)
-    if group is None:
-        return
-    folder = cgroups / group.lstrip("/")
-    while folder.is_relative_to(cgroups):
+    for line in lines:
+        # number:controllers:path, "0::/path" in version 2
+        number, controllers, group = line.split(":", 2)
+        if number == "0" and not controllers:
+            yield from _limits_above(cgroups, group, "memory.max")
+        elif "memory" in controllers.split(","):
+            yield from _limits_above(cgroups / "memory", group, "memory.limit_in_bytes")
+
+
+def _limits_above(root: Path, group: str, name: str) -> Iterator[int]:
+    folder = root / group.lstrip("/")
+    while folder.is_relative_to(root):
         try:
-            text = (folder / "memory.max").read_text(encoding="ascii").strip()
+            text = (folder / name).read_text(encoding="ascii").strip()
         except OSError:
             text = "max"
+        # No limit is "max" in version 2, and in version 1 a number larger than any machine's memory.
         if text.isdigit():
             yield int(text)
         folder = folder.parent

@@ -6,6 +6,7 @@ them; a window takes the place of the one that ends first. Every rank works out 
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import itertools
 from collections.abc import Iterator
@@ -96,29 +97,53 @@ def schedule(order: Order, slots: int, first_epoch: int, first_step: int, epochs
     number = 0
     for epoch in itertools.count(first_epoch) if epochs is None else range(first_epoch, epochs):
         base = epoch * order.steps
-        for first, last, shard, window in _windows(order, epoch):
-            if epoch == first_epoch and last < first_step:
-                continue
+        for first, last, shard, window in _windows(order, epoch, first_step if epoch == first_epoch else 0):
             ended, slot = heapq.heappop(held)
             yield Task(number, epoch, shard, window, slot, ended + 1, base + first)
             heapq.heappush(held, (base + last, slot))
             number += 1
 
 
-def _windows(order: Order, epoch: int) -> Iterator[tuple[int, int, int, int]]:
+def _windows(order: Order, epoch: int, first_step: int) -> Iterator[tuple[int, int, int, int]]:
     """Yield (first step, last step, shard, window) of this node's windows, in the order of their first samples.
 
-    A time t lies at position N t, give or take the number of shards: the steps are those that may need the window.
+    Those that end before `first_step` are left out, each shard's by bisection: a place late in an epoch costs as much as its start.
     """
     sequence = epoch_order(order.layout, order.seed, epoch, order.shuffle)
-    sizes, batch, slack = sequence.sizes.tolist(), order.batch_size, sequence.shards + 1
     # (time of the first sample, shard, window): a shard's next window, for each shard.
-    queue = [(0.0, shard, 0) for shard in range(order.seat.node, sequence.shards, order.seat.nodes)]
+    queue = []
+    for shard in range(order.seat.node, sequence.shards, order.seat.nodes):
+        number = _window_of(order, sequence, shard, first_step)
+        if number < sequence.window_count(shard):
+            queue.append((_times_of(sequence, shard, number)[0], shard, number))
+    heapq.heapify(queue)
     while queue:
-        begin, shard, number = heapq.heappop(queue)
-        end = sum(sequence.span(shard, number)) / sizes[shard]
-        first = max(0, int(begin * order.samples) - slack) // batch
-        last = (int(end * order.samples) + slack) // batch
-        yield first, min(last, order.steps - 1), shard, number
+        _, shard, number = heapq.heappop(queue)
+        yield *_steps_of(order, sequence, shard, number), shard, number
         if number + 1 < sequence.window_count(shard):
-            heapq.heappush(queue, (end, shard, number + 1))
+            heapq.heappush(queue, (_times_of(sequence, shard, number)[1], shard, number + 1))
+
+
+def _window_of(order: Order, sequence: EpochOrder, shard: int, step: int) -> int:
+    """Return the first window of a shard that a step or a later one may need."""
+    windows = range(sequence.window_count(shard))
+    return bisect.bisect_left(windows, step, key=lambda number: _steps_of(order, sequence, shard, number)[1])
+
+
+def _times_of(sequence: EpochOrder, shard: int, window: int) -> tuple[float, float]:
+    """Return the times at which a window begins and ends."""
+    first, rows = sequence.span(shard, window)
+    size = int(sequence.sizes[shard])
+    return first / size, (first + rows) / size
+
+
+def _steps_of(order: Order, sequence: EpochOrder, shard: int, window: int) -> tuple[int, int]:
+    """Return the first and the last step that may need a window.
+
+    A time t lies at position N t, give or take the number of shards.
+    """
+    begin, end = _times_of(sequence, shard, window)
+    slack = sequence.shards + 1
+    first = max(0, int(begin * order.samples) - slack) // order.batch_size
+    last = (int(end * order.samples) + slack) // order.batch_size
+    return first, min(last, order.steps - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from numpy.typing import DTypeLike, NDArray
 from hpcutils.data.room import usable_bytes
 
 ALIGNMENT = 64
+# Between two looks at whether all ranks have come.
+NAP_S = 0.0005
 
 
 def free_memory_bytes() -> int:
@@ -27,6 +30,13 @@ def threads_may_call_mpi() -> bool:
     from mpi4py import MPI
 
     return bool(MPI.Query_thread() == MPI.THREAD_MULTIPLE)
+
+
+def wait_for_all(ranks: Any) -> None:
+    """Wait until all ranks of an mpi4py communicator are here, asleep: a blocking barrier of Open MPI keeps a core busy."""
+    request = ranks.Ibarrier()
+    while not request.Test():
+        time.sleep(NAP_S)
 
 
 class SharedMemory:

@@ -56,16 +56,22 @@ class DataState:
             order: The plan of the run that goes on; of any world.
             data: What names its data.
 
+        At the start of an epoch another batch size may go on: each epoch still has each sample once. In its middle it may not.
+
         Raises:
-            DataError: It is not the same data, order or batch size: some samples would be used twice, others never.
+            DataError: It is not the same data or seed, or, in the middle of an epoch, order or batch size: some samples would be
+                used twice, others never.
         """
-        now = {"seed": order.seed, "batch_size": order.batch_size, "data": data, "order": order.name()}
+        now = {"seed": order.seed, "data": data}
+        if self.consumed:
+            now |= {"batch_size": order.batch_size, "order": order.name()}
         was = {name: getattr(self, name) for name in now}
         wrong = [f"{name} was {was[name]!r} and is {now[name]!r}" for name in now if was[name] != now[name]]
         if wrong:
+            place = "in the middle of" if self.consumed else "with"
             raise DataError(
-                f"the checkpoint cannot go on in the middle of epoch {self.epoch + 1}: {'; '.join(wrong)}",
-                "go on with the data and the batch size that it was made with, or start a new run",
+                f"the checkpoint cannot go on {place} epoch {self.epoch + 1}: {'; '.join(wrong)}",
+                "go on with the data, the seed and the batch size that it was made with, or start a new run",
             )
         return self.consumed // self.batch_size
 

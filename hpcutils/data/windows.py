@@ -20,7 +20,7 @@ from hpcutils.data.hdf5 import HDF5Matrix
 from hpcutils.data.order import Cut, Order
 from hpcutils.data.schedule import Task, epoch_order, plan_memory, schedule
 from hpcutils.data.shards import Layout, Window
-from hpcutils.data.shared import SharedMemory, rounded, threads_may_call_mpi
+from hpcutils.data.shared import SharedMemory, rounded, threads_may_call_mpi, wait_for_all
 from hpcutils.errors import DataError
 
 POLL_S = 0.0005
@@ -246,5 +246,5 @@ class WindowReader:
     def _barrier(self) -> None:
         self._memory.sync()
         if self._node is not None:
-            self._node.Barrier()
+            wait_for_all(self._node)
         self._memory.sync()

@@ -196,6 +196,7 @@ class Checkpoints(Model):
     """How often rank 0 writes a checkpoint, and how many are kept."""
 
     every_epochs: Annotated[int, Field(ge=1)] = 1
+    every_steps: Annotated[int, Field(ge=1)] | None = None
     keep: Annotated[int, Field(ge=1)] = 2
 
 

@@ -29,7 +29,7 @@ class Progress:
 
     Args:
         epochs: Epochs that are done.
-        state: Where the next one goes on; `None` at its start.
+        state: Where the next one goes on, its very start included; `None` where there is no checkpoint.
         sums: What the metrics have summed up in it, over all ranks.
     """
 
@@ -59,7 +59,7 @@ def restore(model: Any, optimizer: Any, run: RunDirectory) -> Progress:
     """Load the newest checkpoint into `model` and its `optimizer`, in place; return how far it had come.
 
     Raises:
-        DataError: It was made in the middle of an epoch, and what it says of the data is damaged.
+        DataError: What it says of the data is damaged or missing.
     """
     known = _known(run)
     if not known:
@@ -68,15 +68,19 @@ def restore(model: Any, optimizer: Any, run: RunDirectory) -> Progress:
     model.set_weights(saved.get_weights())
     for variable, value in zip(optimizer.variables, saved.optimizer.variables, strict=True):
         variable.assign(value)
-    epochs, step = _place(known[-1])
-    return _progress(known[-1].with_suffix(".json"), epochs) if step else Progress(epochs)
+    return _progress(known[-1])
 
 
-def _progress(path: Path, epochs: int) -> Progress:
+def _progress(model: Path) -> Progress:
+    """Read what a checkpoint says of the data; that is the same place as its name says."""
+    path = model.with_suffix(".json")
     try:
         written = json.loads(path.read_text())
-        return Progress(epochs, DataState.from_json(json.dumps(written["data"])), tuple(written["sums"]))
-    except (OSError, ValueError, KeyError) as exc:
+        state = DataState.from_json(json.dumps(written["data"]))
+        if (state.epoch, state.consumed // state.batch_size) != _place(model):
+            raise ValueError(f"it is of epoch {state.epoch}, sample {state.consumed}")
+        return Progress(state.epoch, state, tuple(written["sums"]))
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as exc:
         raise DataError(f"{path}: {exc}", "remove this checkpoint: the run goes on with the one before") from exc
 
 

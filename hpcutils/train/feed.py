@@ -21,9 +21,17 @@ Make: TypeAlias = Callable[[int], tuple[Arrays, Rows]]
 
 
 class Source(Protocol):
-    """Where samples come from: the rows of x and y, read together."""
+    """Where samples come from: the rows of x and y, read together.
+
+    Attributes:
+        mode: How they are read.
+        needs_main_thread: Whether reading calls MPI, which allows that in the main thread only or takes one call at a time.
+    """
 
     mode: str
+    needs_main_thread: bool
+    # Chunks that x has in the file.
+    chunks: int
 
     def begin(self, epoch: int, first_step: int) -> None:
         """Get ready to read an epoch from a step on; the ranks of a node call it together."""
@@ -34,8 +42,8 @@ class Source(Protocol):
     def example(self, rows: int) -> tuple[Array, Array]:
         """Return the first sample `rows` times over, at any time."""
 
-    def chunks_read(self, epoch: int) -> int:
-        """Return how many chunks of x this rank fetched for an epoch."""
+    def chunks_read(self, epoch: int) -> int | None:
+        """Return how many chunks of x this rank fetched for an epoch; `None` where nobody counts."""
 
     def close(self) -> None:
         """Let go of memory and files; the ranks of a node call it together."""
@@ -53,7 +61,10 @@ class Feed(Sequence, ABC):
     Attributes:
         certificate: Count, sum and xor of the items that this rank's steps have used in this epoch.
         first_step: The step that this epoch began with.
+        needs_main_thread: Whether batches must be made in the thread that runs the steps.
     """
+
+    needs_main_thread = False
 
     def __init__(self, order: Steps, mode: str) -> None:
         super().__init__()
@@ -123,9 +134,14 @@ class Feed(Sequence, ABC):
     def example(self) -> Arrays:
         """Return a batch of the first samples, with weights of 0."""
 
+    @property
+    def chunks(self) -> int:
+        """What `chunks_read` counts, over all ranks, where everything was fetched once."""
+        return self.order.layout.chunks
+
     @abstractmethod
-    def chunks_read(self, epoch: int) -> int:
-        """Return how many chunks this rank fetched for an epoch; `order.layout.chunks` is all of them."""
+    def chunks_read(self, epoch: int) -> int | None:
+        """Return how many chunks this rank fetched for an epoch; `None` where nobody counts."""
 
     @abstractmethod
     def _begin(self, epoch: int, first_step: int) -> Make:
@@ -156,13 +172,19 @@ class RowFeed(Feed):
         super().__init__(order, source.mode)
         self.source, self._order = source, order
         self.normalizer, self.classes = normalizer, classes
+        self.needs_main_thread = source.needs_main_thread
+
+    @property
+    def chunks(self) -> int:
+        """The chunks that x has in the file."""
+        return self.source.chunks
 
     def example(self) -> Arrays:
         """Return a batch of the first sample, with weights of 0."""
         x, y = self.source.example(self.order.local_rows)
         return *self._finished(x, y), np.zeros(self.order.local_rows, np.float32)
 
-    def chunks_read(self, epoch: int) -> int:
+    def chunks_read(self, epoch: int) -> int | None:
         """Return how many chunks of x this rank fetched for an epoch."""
         return self.source.chunks_read(epoch)
 

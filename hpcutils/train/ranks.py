@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hpcutils.data.order import Certificate
+from hpcutils.data.shared import wait_for_all
 from hpcutils.errors import HpcutilsError, MissingPartError
 from hpcutils.world import World, check_against_mpi
 
 Result = TypeVar("Result")
-NAP_S = 0.0005
 
 
 class Ranks:
@@ -71,6 +71,10 @@ class Ranks:
         self.comm.Allreduce(np.ascontiguousarray(array), total)
         return total
 
+    def join(self, own: Certificate) -> Certificate:
+        """Return the certificate of all ranks' samples together."""
+        return own.over(self.comm) if self.comm is not None else own
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.comm is not None:
@@ -92,9 +96,7 @@ class Ranks:
     def sleep_until_all_are_here(self) -> None:
         """Wait for all ranks without spinning: what one rank a node does for minutes must not cost the others' cores."""
         if self.comm is not None:
-            request = self.comm.Ibarrier()
-            while not request.Test():
-                time.sleep(NAP_S)
+            wait_for_all(self.comm)
 
     def on_leaders(self, work: Callable[[], Result]) -> Result:
         """Run `work` on one rank of each node and return its result to the node's other ranks."""

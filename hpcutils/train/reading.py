@@ -14,12 +14,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from hpcutils.data.chunks import cache_limit
 from hpcutils.data.collective import CollectiveReader, check_parallel_hdf5
 from hpcutils.data.hdf5 import HDF5Matrix
 from hpcutils.data.node import NodeArray
 from hpcutils.data.order import Cut, Order, Seat
+from hpcutils.data.room import ranks_here, usable_bytes
 from hpcutils.data.shared import free_memory_bytes
-from hpcutils.data.windows import WindowReader, window_bytes
+from hpcutils.data.windows import WindowReader, layout_of, window_bytes
 from hpcutils.errors import DataError
 from hpcutils.log import LOGGER
 from hpcutils.train.feed import Source
@@ -28,7 +30,7 @@ from hpcutils.train.ranks import Ranks
 Mode = Literal["memory", "window", "mpio", "independent"]
 Array = NDArray[Any]
 
-# Data may take this part of the memory that is free on the node when the job starts.
+# Training and held-out data may each take this part of the memory that is free on the node when the job opens them.
 MEMORY_SHARE = 0.25
 
 
@@ -40,17 +42,21 @@ class ReadPlan:
         mode: How x is read.
         y_in_memory: Whether y, mostly small, is in memory whatever x does.
         order: This rank's part of the batches.
-        memory_bytes: What this takes of a node's memory.
+        memory_bytes: What this takes of a node's memory, shared by its ranks.
+        cache_bytes: What a rank may keep of inflated chunks, for all that it reads.
     """
 
     mode: Mode
     y_in_memory: bool
     order: Order
     memory_bytes: int
+    cache_bytes: int = 0
 
     def __str__(self) -> str:
-        parts = f"{self.order.shards} shards, {self.memory_bytes / 2**20:.1f} MiB a node"
-        return f"{self.mode} ({parts}{', cut by nodes' if self.order.seat.nodes > 1 else ''})"
+        parts = [f"{self.order.shards} shards", f"{self.memory_bytes / 2**20:.1f} MiB a node"]
+        parts += [f"up to {self.cache_bytes / 2**20:.0f} MiB of chunks a rank"] if self.cache_bytes else []
+        parts += ["cut by nodes"] if self.order.seat.nodes > 1 else []
+        return f"{self.mode} ({', '.join(parts)})"
 
 
 def seats(ranks: Ranks) -> tuple[Seat, Seat | None]:
@@ -68,7 +74,15 @@ def seats(ranks: Ranks) -> tuple[Seat, Seat | None]:
 
 
 def plan_reading(
-    x: HDF5Matrix, y: HDF5Matrix, order: Order, by_node: Seat | None, read: str, budget_bytes: int, *, arriving: bool = False
+    x: HDF5Matrix,
+    y: HDF5Matrix,
+    order: Order,
+    by_node: Seat | None,
+    read: str,
+    budget_bytes: int,
+    cache_bytes: int = 0,
+    *,
+    arriving: bool = False,
 ) -> tuple[ReadPlan, str | None]:
     """Choose how to read; return also why it is not what was asked for, if so.
 
@@ -79,10 +93,11 @@ def plan_reading(
         by_node: The seat where nodes own shards.
         read: `window`, `mpio` or `independent`, from train.yaml.
         budget_bytes: What the data may take of a node's memory.
+        cache_bytes: What a rank that reads for itself may keep of inflated chunks.
         arriving: The data is on its way to the node: what does not need all of it before the first step is better.
     """
     if read == "independent":
-        return ReadPlan("independent", False, order, 0), None
+        return ReadPlan("independent", False, order, 0, cache_bytes), None
     whole = x.nbytes + y.nbytes
     if whole <= budget_bytes:
         needed = window_bytes(order, x.row_bytes) + y.nbytes
@@ -98,7 +113,7 @@ def plan_reading(
     if needed <= budget_bytes:
         return ReadPlan("mpio" if read == "mpio" else "window", small, owned, needed), None
     short = f"windows need {needed / 2**20:.0f} MiB of a node's memory and may take {budget_bytes / 2**20:.0f}"
-    return ReadPlan("independent", False, order, 0), short
+    return ReadPlan("independent", False, order, 0, cache_bytes), short
 
 
 class RowSource:
@@ -111,8 +126,11 @@ class RowSource:
         in_memory: Whether to decode all of both first.
     """
 
+    needs_main_thread = False
+
     def __init__(self, x: HDF5Matrix, y: HDF5Matrix, node: Any, in_memory: bool) -> None:
         self.mode = "memory" if in_memory else "independent"
+        self.chunks = layout_of(x).chunks * x.chunk_pieces
         self._x, self._y = (NodeArray(matrix, node, in_memory) for matrix in (x, y))
 
     def begin(self, epoch: int, first_step: int) -> None:
@@ -125,7 +143,9 @@ class RowSource:
         first = np.zeros(rows, np.int64)
         return self._x.read_rows(first), self._y.read_rows(first)
 
-    def chunks_read(self, epoch: int) -> int:
+    def chunks_read(self, epoch: int) -> int | None:
+        if self.mode == "independent":
+            return None
         return self._x.chunks_read if epoch == 0 else 0
 
     def close(self) -> None:
@@ -150,7 +170,11 @@ class WindowSource:
         matrices = [x] if plan.y_in_memory else [x, y]
         together = plan.mode == "mpio" and node is not None
         self.mode: str = plan.mode
+        # Collective reads take whole rows, however they are cut.
+        self.chunks = plan.order.layout.chunks * (1 if together else x.chunk_pieces)
         self._reader = (CollectiveReader if together else WindowReader)(matrices, plan.order, node, epochs)
+        # Without threads of its own it decodes and waits in the thread that reads.
+        self.needs_main_thread: bool = not self._reader.in_background
 
     def begin(self, epoch: int, first_step: int) -> None:
         self._reader.begin(epoch, first_step)
@@ -192,7 +216,8 @@ def open_source(
     order = replace(order, seat=by_count)
     # Free memory changes while ranks look at it, and nodes differ: the least decides for all.
     budget = min(ranks.gather(int(free_memory_bytes() * MEMORY_SHARE)))
-    plan, short = plan_reading(x, y, order, by_node, read, budget, arriving=arriving)
+    cache_bytes = cache_limit(usable_bytes(), ranks_here())
+    plan, short = plan_reading(x, y, order, by_node, read, budget, cache_bytes, arriving=arriving)
     if short is not None and ranks.world.rank == 0:
         LOGGER.warning("%s: each rank reads for itself, and chunks are decoded more than once", short)
     agree(plan, (x, y), ranks)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpcutils import fs
-from hpcutils.data.order import Certificate
+from hpcutils.data.order import Certificate, certificate_of
 from hpcutils.data.state import state_at
 from hpcutils.errors import EXIT_REQUEUE, DataError
 from hpcutils.log import LOGGER
@@ -45,6 +45,7 @@ class Tally:
 
     Attributes:
         runner: What runs the steps.
+        epoch: Which one has begun; -1 before the first.
     """
 
     def __init__(self, model: Any, step: Callable[[Any], Any], feed: Feed, ranks: Ranks, per_call: int) -> None:
@@ -52,9 +53,13 @@ class Tally:
         self.runner = StepRunner(step, feed, feed.order.steps, per_call, self._before_last_step, self._after_call)
         self._loss = next(metric for metric in model.metrics if metric.name == "loss")
         self._before: dict[int, Values] = {}
+        self._expected = whole_certificate(feed.order.layout.samples, ranks)
+        self.epoch = -1
 
     def begin(self, epoch: int, progress: Progress | None = None) -> None:
-        """Start a pass, or go on with one in its middle."""
+        """Start a pass, or go on with one in its middle: its first batches are made from now on. All ranks call it together."""
+        self.runner.end()
+        self.epoch = epoch
         state = progress.state if progress is not None else None
         first_step = state.consumed // state.batch_size if state is not None else 0
         self.feed.begin_epoch(epoch, first_step)
@@ -91,10 +96,7 @@ class Tally:
 
     def seen(self) -> Certificate:
         """Return the certificate of what the steps of all ranks have used in this epoch."""
-        seen = self._seen_before
-        for part in self.ranks.gather(self.feed.certificate):
-            seen = seen.join(part)
-        return seen
+        return self._seen_before.join(self.ranks.join(self.feed.certificate))
 
     def _variables(self) -> list[Any]:
         return [variable for variable in self.model.metrics_variables if variable.dtype.startswith("float")]
@@ -118,7 +120,7 @@ class Tally:
 
     def _check_coverage(self) -> None:
         seen = self.seen()
-        expected = self.feed.order.certificate()
+        expected = self._expected
         if seen != expected:
             raise DataError(
                 f"the ranks took {seen.count} {self.feed.order.items} of {expected.count}, and not each exactly once",
@@ -161,6 +163,8 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         self.data, self.progress, self.arrivals = data, progress, arrivals
         self.history: list[dict[str, Any]] = []
         per_call = steps_per_call(training, *([validation] if validation is not None else []))
+        # A checkpoint lies between two calls.
+        per_call = min(per_call, job.checkpoints.every_steps or per_call)
         self._train = Tally(model, model.train_step, training, ranks, per_call)
         # Before `fit` begins: it looks at both then.
         model.train_function, model.steps_per_execution = self._train.runner, per_call
@@ -170,14 +174,21 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
             model.test_function = self._held_out.runner
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._train.begin(epoch, self.progress if epoch == self.progress.epochs else None)
+        if self._train.epoch != epoch:
+            self._train.begin(epoch, self.progress if epoch == self.progress.epochs else None)
+        if self._held_out is not None and self._held_out.epoch != epoch:
+            self._held_out.begin(epoch)
         self._epoch, self._calls, self._next_look = epoch, 0, 1
+        self._saved_step = self._train.runner.done
         self._values: dict[str, float] = {}
         self._started = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self._look_at_arrivals(self._train.runner.called)
         self._calls += 1
+        step, every = self._train.runner.done, self.job.checkpoints.every_steps
+        if every is not None and step // every > self._saved_step // every and step < self.training.order.steps:
+            self._save_at(step)
         if self._calls == self._next_look:
             self._look_for_stop()
 
@@ -195,24 +206,30 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         next_look = self._calls + min(max(1, int(LOOK_S * self._calls / now_s)), self._calls)
         asked = now_s > LOOK_S and self.ranks.world.rank == 0 and self.run.stop.exists()
         asked, self._next_look = self.ranks.broadcast((asked, next_look))
-        step, order = self._train.runner.done, self.training.order
-        if not asked or step >= order.steps:
+        step = self._train.runner.done
+        if not asked or step >= self.training.order.steps:
             return
-        average_state(self.template, self.ranks)
-        state, sums = state_at(order, self._epoch, step, self.data, self._train.seen()), self._train.sums()
-        if self.ranks.world.rank == 0:
-            save_checkpoint(self.template, self.run, state, self.job.checkpoints.keep, sums)
+        if step != self._saved_step:
+            self._save_at(step)
         self._stop(f"after step {step} of epoch {self._epoch + 1}")
+
+    def _save_at(self, step: int) -> None:
+        """Write a checkpoint in the middle of the epoch; all ranks call it together."""
+        average_state(self.template, self.ranks)
+        seen, sums = self._train.seen(), self._train.sums()
+        if self.ranks.world.rank == 0:
+            state = state_at(self.training.order, self._epoch, step, self.data, seen)
+            save_checkpoint(self.template, self.run, state, self.job.checkpoints.keep, sums)
+        self._saved_step = step
 
     def on_test_begin(self, logs: Any = None) -> None:
         # Keras clears the metrics right after this call.
         self._finish_training()
-        if self._held_out is not None:
-            self._held_out.begin(self._epoch)
 
     def on_test_end(self, logs: Any = None) -> None:
         if self._held_out is not None:
             self._values |= {f"val_{name}": value for name, value in self._held_out.finish().items()}
+            self._begin_next(self._held_out)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if not self._values:
@@ -233,6 +250,10 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
 
     def _stop(self, when: str) -> None:
         LOGGER.warning("the time limit is near: stopping %s to be run again", when)
+        # No thread may be inside of MPI when this process leaves it.
+        for tally in (self._train, self._held_out):
+            if tally is not None:
+                tally.runner.end()
         if self.ranks.world.rank == 0:
             # Before the first rank goes: srun ends the others then, this one perhaps among them.
             fs.write_text(self.run.stopped, f"{when}\n")
@@ -242,24 +263,29 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         raise SystemExit(EXIT_REQUEUE)
 
     def _finish_training(self) -> None:
-        self._seconds = time.perf_counter() - self._started
+        seconds = time.perf_counter() - self._started
         self._values |= self._train.finish()
         average_state(self.template, self.ranks)
-
-    def _write(self, epoch: int) -> None:
-        """Append the epoch's line, on rank 0."""
         order = self.training.order
         samples = order.samples - self.training.first_step * order.batch_size
-        line = {
-            "epoch": epoch + 1,
-            **self._values,
+        self._facts = {
             "samples": order.samples,
             "steps": order.steps,
             "coverage": "exact",
-            "seconds": round(self._seconds, 4),
-            "samples_per_s": round(samples / self._seconds, 1),
-            **self._data_facts(epoch),
+            "seconds": round(seconds, 4),
+            "samples_per_s": round(samples / seconds, 1),
+            **self._data_facts(self._epoch),
         }
+        self._begin_next(self._train)
+
+    def _begin_next(self, tally: Tally) -> None:
+        """Let the first batches of a tally's next pass be made while something else goes on: held-out data, a checkpoint."""
+        if self._epoch + 1 < self.job.training.epochs:
+            tally.begin(self._epoch + 1)
+
+    def _write(self, epoch: int) -> None:
+        """Append the epoch's line, on rank 0."""
+        line = {"epoch": epoch + 1, **self._values, **self._facts}
         self.history.append(line)
         if self.ranks.world.rank != 0:
             return
@@ -269,18 +295,24 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         LOGGER.info(
             "epoch %d/%d  %s  %.0f samples/s  waited %.1f %%",
             *(epoch + 1, self.job.training.epochs, values, line["samples_per_s"]),
-            100 * line["wait_s"] / self._seconds,
+            100 * line["wait_s"] / line["seconds"],
         )
 
     def _data_facts(self, epoch: int) -> dict[str, Any]:
         """Return how x was read, how often its chunks were fetched over all ranks, and the longest wait of a rank for its data."""
         training = self.training
-        chunks = sum(self.ranks.gather(training.chunks_read(epoch)))
+        counts = [count for count in self.ranks.gather(training.chunks_read(epoch)) if count is not None]
         return {
             "read": training.mode,
-            "chunks_read": round(chunks / training.order.layout.chunks, 4),
+            "chunks_read": round(sum(counts) / training.chunks, 4) if counts else None,
             "wait_s": round(max(self.ranks.gather(self._train.runner.wait_s)), 4),
         }
+
+
+def whole_certificate(items: int, ranks: Ranks) -> Certificate:
+    """Return the certificate of each item (sample, or batch of a Sequence) once; each rank works out a part of it."""
+    rank, size = ranks.world.rank, ranks.world.world_size
+    return ranks.join(certificate_of(items * (rank + 1) // size, items * rank // size))
 
 
 def average_state(model: Any, ranks: Ranks) -> None:

@@ -29,13 +29,15 @@ from hpcutils.rundir import RunDirectory
 from hpcutils.specs.job import Job
 from hpcutils.staging.stage import Staged
 from hpcutils.train.arrivals import Arrivals
-from hpcutils.train.checkpoint import restore, save_model
+from hpcutils.train.checkpoint import Progress, restore, save_model
 from hpcutils.train.distribute import Reducer, connect, distribute_optimizer
 from hpcutils.train.feed import Feed, RowFeed
+from hpcutils.train.masks import count_over_ranks
 from hpcutils.train.ranks import Ranks
-from hpcutils.train.reading import open_source
+from hpcutils.train.reading import ReadPlan, open_source
 from hpcutils.train.record import Recorder, forget_epochs
 from hpcutils.train.sequences import open_sequences
+from hpcutils.train.steps import held_bytes
 from hpcutils.train.usercode import load_function
 
 Normalizer = Callable[[Any], Any]
@@ -54,7 +56,7 @@ def run(job: Job, run: RunDirectory, ranks: Ranks, arrivals: Arrivals, device_na
         # A shared file system may show a checkpoint to some ranks sooner than to others: rank 0's counts.
         progress = ranks.broadcast(restore(template, optimizer, run))
         data = name_data(job, arrivals.staged)
-        first_step = progress.state.resume(training.order, data) if progress.state is not None else 0
+        first_step = go_on(progress, training, data)
         share_state(template, optimizer, reducer, ranks.world.rank)
         kept = forget_epochs(run, progress.epochs) if ranks.world.rank == 0 else []
         if ranks.world.rank == 0:
@@ -103,6 +105,21 @@ def fit(model: Any, training: Feed, validation: Feed | None, epochs: range, reco
     )
 
 
+def go_on(progress: Progress, training: Feed, data: str) -> int:
+    """Return the step of the next epoch to go on with.
+
+    Raises:
+        DataError: The checkpoint is not of this data, seed or, in the middle of an epoch, batch size.
+    """
+    state, order = progress.state, training.order
+    if state is None:
+        return 0
+    first_step = state.resume(order, data)
+    if state.batch_size != order.batch_size:
+        LOGGER.warning("from epoch %d on batches have %d samples; they had %d", state.epoch + 1, order.batch_size, state.batch_size)
+    return first_step
+
+
 def name_data(job: Job, staged: dict[str, Staged]) -> str:
     """Return what names the training data: a hash of its files' digests and of which part of them is used."""
     used = [job.data.sequence, job.data.args] if job.data.sequence is not None else [*job.data.datasets, job.data.split.train]
@@ -127,6 +144,7 @@ def open_data(job: Job, run: RunDirectory, ranks: Ranks, arrivals: Arrivals) -> 
         return
     normalizer = load_function(job.data.normalizer, run.code) if job.data.normalizer is not None else None
     feeds: list[Feed] = []
+    plans: list[ReadPlan] = []
 
     def opened(name: str, part: tuple[int, int | None], shuffle: bool) -> Feed:
         x, y = (ranks.together(lambda ref=ref: _open(job, arrivals, ref, part)) for ref in job.data.datasets)  # type: ignore[misc]
@@ -135,16 +153,30 @@ def open_data(job: Job, run: RunDirectory, ranks: Ranks, arrivals: Arrivals) -> 
         if ranks.world.rank == 0:
             LOGGER.info("%s: %d samples, %d steps of %d, read: %s", name, len(x), order.steps, order.batch_size, plan)
             look_at_mixing(order, y)
+        plans.append(plan)
         feeds.append(RowFeed(source, plan.order, normalizer, job.data.classes))
         return feeds[-1]
 
     split = job.data.split
     training = opened("training data", split.train, shuffle=True)
     validation = opened("held-out data", split.validation, shuffle=False) if split.validation is not None else None
+    if ranks.world.rank == 0:
+        LOGGER.info("memory: %s", memory_of(plans, feeds))
     yield training, validation
     # Not in a `finally`: giving shared memory back is collective, and after an error the other ranks are not coming.
     for feed in feeds:
         feed.close()
+
+
+def memory_of(plans: list[ReadPlan], feeds: list[Feed]) -> str:
+    """Return what all data together takes: of a node, and of each rank beside that."""
+    shared = sum(plan.memory_bytes for plan in plans)
+    # One cache a process, whatever is read.
+    ahead, cache = held_bytes(*feeds), max(plan.cache_bytes for plan in plans)
+    return (
+        f"{shared / 2**20:.1f} MiB of a node for data, and of each rank {ahead / 2**20:.1f} MiB for batches"
+        f"{f', up to {cache / 2**20:.0f} MiB for chunks' if cache else ''}"
+    )
 
 
 def look_at_mixing(order: Order, labels: HDF5Matrix) -> None:
@@ -209,6 +241,7 @@ def prepare_model(template: Any, job: Job, device_names: list[str], reducer: Red
             jit_compile=False,
             auto_scale_loss=False,
         )
+    count_over_ranks(model, reducer)
     optimizer.build(model.trainable_variables)
     return model, optimizer
 

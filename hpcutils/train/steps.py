@@ -2,31 +2,33 @@
 
 Keras calls its compiled function for every step, takes the batch out of an iterator for it, and unpacks what it returned: a third
 of the time of a step of 4 ms (measured with jobs/digits, batch 32). Here a call runs up to `STEPS_PER_CALL` steps inside of one
-TensorFlow function, over batches that are stacked in one array; the next call's are made meanwhile, by one thread.
+TensorFlow function, over batches that are stacked in one array; the next ones are made meanwhile, by one thread. What is ready
+runs: a call waits only where there is no batch at all, never for a whole stack.
 """
 
 from __future__ import annotations
 
-import itertools
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
-import numpy as np
 import tensorflow as tf
-from numpy.typing import NDArray
+
+from hpcutils.train.ahead import CALLS_HELD, Ahead, Batch, Here, Stacks
 
 STEPS_PER_CALL = 16
 # Of one call's batches; larger ones take so long that a call for each costs nothing.
 STACK_BYTES = 8 << 20
 
-Batch: TypeAlias = tuple[NDArray[Any], ...]
-
 
 class Batches(Protocol):
-    """What a pass runs over."""
+    """What a pass runs over.
+
+    Attributes:
+        needs_main_thread: Whether batches must be made in the thread that runs the steps.
+    """
+
+    needs_main_thread: bool
 
     def batches(self) -> Iterator[Batch]:
         """Yield the batches of the pass that has begun, arrays `(rows, ...)`."""
@@ -52,7 +54,8 @@ class StepRunner:
     Attributes:
         done: Steps of this pass, those before its first included.
         called: Steps of the last call.
-        wait_s: Seconds of this pass in which no step ran since its batch was not ready.
+        wait_s: Seconds of this pass in which no step ran since its batch was not ready. Steps that a device runs behind their calls
+            are waited for first.
     """
 
     def __init__(
@@ -77,67 +80,62 @@ class StepRunner:
 
         self._run = run
         self.done, self.called, self.wait_s = 0, 0, 0.0
+        self._stacks: Stacks | None = None
 
     def begin(self, first_step: int = 0) -> None:
         """Start a pass, with its first step or a later one; its data has begun."""
+        self.end()
         self.done, self.wait_s = first_step, 0.0
-        self._counts = counts_of_calls(self._steps - first_step, self._per_call)
-        self._ahead = Ahead(stacked(self._batches.batches(), [count for call in self._counts for count in call]))
+        batches, steps = self._batches.batches(), self._steps - first_step
+        self._stacks = Here(batches) if self._batches.needs_main_thread else Ahead(batches, steps, self._per_call)
+
+    def end(self) -> None:
+        """Give a pass up, if there is one: its batches are made no more."""
+        if self._stacks is not None:
+            self._stacks.end()
+            self._stacks = None
 
     def __call__(self, iterator: Any) -> dict[str, Any]:
         """Run the next steps. The metrics stay in the model: who wants them asks once a pass."""
-        call = self._counts.pop(0)
-        for count in call:
-            if self.done + count == self._steps:
+        first = self.done
+        stop = min(first + self._per_call, self._steps)
+        while self.done < stop:
+            if self.done + 1 == self._steps:
                 self._before_last()
-            asked = time.perf_counter()
-            stacks = next(self._ahead)
-            self.wait_s += time.perf_counter() - asked
+            stacks = self._take(most_at_once(self.done, stop, self._steps))
             self._run(*stacks)
-            self.done += count
-        self.called = sum(call)
+            self.done += len(stacks[0])
+        self.called = stop - first
         self._after(self.called)
         return {}
+
+    def _take(self, most: int) -> Batch:
+        """Return the next batches and add to `wait_s` how long they were waited for."""
+        assert self._stacks is not None
+        if not self._stacks.is_ready():
+            # A GPU may still run the steps of calls that have returned: that is no waiting for data.
+            tf.test.experimental.sync_devices()
+        asked = time.perf_counter()
+        stacks = self._stacks.take(most)
+        self.wait_s += time.perf_counter() - asked
+        return stacks
 
 
 def steps_per_call(*passes: Batches) -> int:
     """Return how many steps a call takes: one number for all passes, as Keras has one."""
-    largest = max(sum(array.nbytes for array in batches.example()) for batches in passes)
-    return max(1, min(STEPS_PER_CALL, STACK_BYTES // largest))
+    return max(1, min(STEPS_PER_CALL, STACK_BYTES // max(map(batch_bytes, passes))))
 
 
-def counts_of_calls(steps: int, per_call: int) -> list[list[int]]:
-    """Return, for each call, how many steps run at once: all of them, but for the very last step, which runs alone."""
-    calls = [[min(per_call, steps - start)] for start in range(0, steps, per_call)]
-    *others, last = calls
-    return [*others, [count for count in (last[0] - 1, 1) if count]]
+def batch_bytes(batches: Batches) -> int:
+    """Return the size of a batch."""
+    return sum(array.nbytes for array in batches.example())
 
 
-def stacked(batches: Iterator[Batch], counts: list[int]) -> Iterator[Batch]:
-    """Yield so many batches at a time as one, arrays `(count, rows, ...)`."""
-    for count in counts:
-        parts = zip(*itertools.islice(batches, count), strict=True)
-        yield tuple(part[0][np.newaxis] if count == 1 else np.stack(part) for part in parts)
+def held_bytes(*passes: Batches) -> int:
+    """Return what the batches of passes that are under way at one time take, those made ahead included."""
+    return CALLS_HELD * steps_per_call(*passes) * sum(map(batch_bytes, passes))
 
 
-class Ahead(Iterator[Batch]):
-    """An iterator whose next item is made in the background, by a thread of its own; an error comes where its item would."""
-
-    def __init__(self, items: Iterator[Batch]) -> None:
-        self._ready: queue.Queue[tuple[Batch | None, BaseException | None]] = queue.Queue(1)
-        # A daemon: a rank that fails must not wait for it.
-        threading.Thread(target=self._make, args=(items,), name="hpcutils-batches", daemon=True).start()
-
-    def _make(self, items: Iterator[Batch]) -> None:
-        try:
-            for item in items:
-                self._ready.put((item, None))
-            self._ready.put((None, StopIteration()))
-        except BaseException as exc:  # noqa: BLE001 - passed on to who asks
-            self._ready.put((None, exc))
-
-    def __next__(self) -> Batch:
-        item, error = self._ready.get()
-        if item is None:
-            raise error or StopIteration
-        return item
+def most_at_once(done: int, stop: int, steps: int) -> int:
+    """Return how many steps may run together: those before `stop`, but for the very last step of a pass, which runs alone."""
+    return max(1, stop - done - (stop == steps))

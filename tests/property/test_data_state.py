@@ -65,6 +65,24 @@ def test_another_order_cannot_go_on(order, data, said):
         state.resume(order, data)
 
 
+@pytest.mark.parametrize(
+    "order, data, said",
+    [
+        (Order(Layout(100, 4), 10, seed=2), "d", "seed was 1 and is 2"),
+        (Order(Layout(100, 4), 10, seed=1), "e", "data was 'd' and is 'e'"),
+    ],
+)
+def test_other_data_cannot_go_on_between_epochs_either(order, data, said):
+    state = state_at(Order(Layout(100, 4), 10, seed=1), 0, 10, "d", Certificate())
+    with pytest.raises(DataError, match=f"with epoch 2: {said}"):
+        state.resume(order, data)
+
+
+def test_another_batch_size_may_begin_an_epoch():
+    state = state_at(Order(Layout(100, 4), 10, seed=1), 0, 10, "d", Certificate())
+    assert state.resume(Order(Layout(100, 4), 30, seed=1), "d") == 0
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"seed": 1, "seen": {}}'])
 def test_a_damaged_state_is_an_error(text):
     with pytest.raises(DataError, match="not a state of the data"):

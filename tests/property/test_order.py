@@ -1,12 +1,13 @@
 """The order: every sample once, the same global batches for any world, the true mean, any position at once."""
 
+import itertools
 import subprocess
 import sys
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcutils.data.order import Certificate, Order, Seat, certificate_of
@@ -37,13 +38,14 @@ def worlds(draw, layout):
 def plans(draw):
     """Orders of all ranks, an epoch."""
     layout = draw(layouts())
-    seed, batch = draw(st.integers(0, 2**32 - 1)), draw(st.integers(1, 64))
+    seed, batch = draw(st.integers(0, 2**32 - 1)), draw(st.integers(1, 200))
     shuffle = draw(st.booleans())
     ranks = draw(st.integers(1, 9))
     seats = draw(worlds(layout)) if shuffle else [Seat(ranks=ranks, rank=rank) for rank in range(ranks)]
     return [Order(layout, batch, seat, seed, shuffle) for seat in seats], draw(st.integers(0, 5))
 
 
+@settings(max_examples=300)
 @given(plans())
 def test_every_sample_exactly_once_in_equal_steps(plan):
     orders, number = plan
@@ -71,6 +73,7 @@ def test_global_batches_do_not_depend_on_the_world(plan):
         assert all(set(epoch.cut(step).rows) <= set(whole.rows[: whole.real]) for epoch in epochs), "padding is of the batch"
 
 
+@settings(max_examples=300)
 @given(plans())
 def test_the_mean_over_ranks_is_the_mean_over_samples(plan):
     orders, number = plan
@@ -82,6 +85,32 @@ def test_the_mean_over_ranks_is_the_mean_over_samples(plan):
         means = [float((values[cut.rows] * cut.weights).mean()) for cut in (epoch.cut(step) for epoch in epochs)]
         whole = alone.cut(step)
         np.testing.assert_allclose(np.mean(means), values[whole.rows[: whole.real]].mean(), rtol=0, atol=1e-6)
+
+
+SIZES = (1, 2, 7, 9, 31, 64, 127, 200)
+BATCHES = (1, 3, 8, 9, 63, 64, 199, 200)
+
+
+@pytest.mark.parametrize("ranks", range(1, 10))
+def test_every_world_on_a_grid_of_sizes(ranks):
+    """Every (N, batch, ranks) of a grid, cut by count and, where that goes, by nodes: exactly once, equal steps, the true mean."""
+    values = np.random.default_rng(1).normal(size=200)
+    for samples, batch in itertools.product(SIZES, BATCHES):
+        layout = Layout(samples, 4, 3, ROW_BYTES[1])
+        for nodes in (n for n in range(1, ranks + 1) if ranks % n == 0 and shard_count(layout) % n == 0):
+            seats = [Seat(nodes, node, ranks // nodes, rank) for node in range(nodes) for rank in range(ranks // nodes)]
+            epochs = [Order(layout, batch, seat, 3).epoch(1) for seat in seats]
+            seen, means = [], []
+            for step in range(-(-samples // batch)):
+                cuts = [epoch.cut(step) for epoch in epochs]
+                assert len({len(cut.rows) for cut in cuts}) == 1
+                rows = np.concatenate([cut.rows[: cut.real] for cut in cuts])
+                seen.append(rows)
+                means.append(np.mean([(values[cut.rows] * cut.weights).mean() for cut in cuts]) - values[rows].mean())
+            assert {epoch.order.steps for epoch in epochs} == {len(seen)}
+            assert [len(rows) for rows in seen[:-1]] == [batch] * (len(seen) - 1)
+            np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(samples))
+            assert np.abs(means).max() < 1e-6, (samples, batch, nodes)
 
 
 @given(plans())
@@ -190,6 +219,14 @@ def test_certificates_join(rows, cut):
     assert Certificate().add(array[:cut]).join(Certificate().add(array[cut:])) == Certificate().add(array)
 
 
+@given(samples=st.integers(1, 300), parts=st.integers(1, 9))
+def test_the_certificate_of_a_dataset_is_that_of_its_parts(samples, parts):
+    joined = Certificate()
+    for part in range(parts):
+        joined = joined.join(certificate_of(samples * (part + 1) // parts, samples * part // parts, block=7))
+    assert joined == certificate_of(samples)
+
+
 @given(samples=st.integers(2, 300), lost=st.integers(0, 299), twice=st.integers(0, 299))
 def test_a_sample_lost_and_another_taken_twice_shows(samples, lost, twice):
     lost, twice = lost % samples, twice % samples
@@ -217,6 +254,7 @@ SCALE = """
 import resource, sys, time
 import numpy as np
 from hpcutils.data.order import Order, Seat
+from hpcutils.data.schedule import plan_memory, schedule
 from hpcutils.data.shards import Layout
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 started = time.process_time()
@@ -224,12 +262,18 @@ order = Order(Layout(10**9, 64, 0, 12288), 65536, Seat(48, 11, 86, 3), 1)
 order.digest()
 last = order.epoch(3).cut(order.steps - 1)
 middle = order.epoch(3).cut(order.steps // 2)
+# Cut by count alone, a node looks at the windows of all shards, five million.
+order = Order(order.layout, 65536, Seat(1, 0, 4096, 11), 1)
+slots = plan_memory(order).slots
+for step in (0, order.steps // 2, order.steps - 1):
+    task = next(schedule(order, slots, 3, step, 9))
+    assert task.epoch == 3 and task.before // order.steps == 3 and task.before <= 3 * order.steps + step, task
 print(time.process_time() - started, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, middle.real)
 """
 
 
 def test_a_thousand_million_samples_over_four_thousand_ranks():
-    """Plan, and two steps far apart, in seconds of processor time and MB beyond numpy's own."""
+    """Plan, two steps far apart, windows from three places on: seconds of processor time and MB beyond numpy's own."""
     done = subprocess.run([sys.executable, "-c", SCALE], capture_output=True, text=True, check=True)
     seconds, megabytes, rows = map(float, done.stdout.split())
     assert seconds < 1

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hpcutils.data import shards
 from hpcutils.data.hdf5 import HDF5Matrix
 from hpcutils.data.order import Order, Seat
+from hpcutils.data.schedule import _windows as windows_of
 from hpcutils.data.schedule import plan_memory, schedule
 from hpcutils.data.shards import Layout, shard_count
 from hpcutils.data.windows import WindowReader, layout_of, window_bytes
@@ -56,8 +57,8 @@ def test_rows_are_the_files_and_each_chunk_is_fetched_once(path, data):
                 np.testing.assert_array_equal(labels, cut.rows + start)
                 np.testing.assert_array_equal(rows, labels[:, None, None] * 24 + np.arange(24).reshape(4, 6))
             if first_step == 0:
-                columns = 4 if name == "cut" else 1
-                assert reader.chunks_read(epoch) == layout.chunks * columns
+                assert x.chunk_pieces == (4 if name == "cut" else 1)
+                assert reader.chunks_read(epoch) == layout.chunks * x.chunk_pieces
         reader.close()
 
 
@@ -83,6 +84,23 @@ def test_no_schedule_gets_stuck(data):
         needed = set(zip(cut.shards.tolist(), cut.windows.tolist(), strict=True)) if cut.from_node else set()
         assert {(epoch, *pair) for pair in needed} <= set(held.values())
     assert task is None
+
+
+@given(data=st.data())
+def test_a_schedule_from_any_step_is_what_is_left_of_the_whole(data):
+    row_bytes = data.draw(st.sampled_from([1, shards.POOL_BYTES // 300, shards.POOL_BYTES // 30]))
+    chunk_rows = data.draw(st.integers(1, 9))
+    layout = Layout(data.draw(st.integers(1, 300)), chunk_rows, data.draw(st.integers(0, chunk_rows - 1)), row_bytes)
+    nodes = data.draw(st.sampled_from([n for n in range(1, 13) if shard_count(layout) % n == 0]))
+    order = Order(layout, data.draw(st.integers(1, 300)), Seat(nodes, data.draw(st.integers(0, nodes - 1))), 5)
+    step = data.draw(st.integers(0, order.steps - 1))
+    # (first step, last step, shard, window)
+    whole = list(windows_of(order, 1, 0))
+    assert list(windows_of(order, 1, step)) == [window for window in whole if window[1] >= step]
+    tasks = list(schedule(order, plan_memory(order).slots, 1, step, 3))
+    assert [task.number for task in tasks] == list(range(len(tasks)))
+    assert [(task.shard, task.window) for task in tasks if task.epoch == 1] == [window[2:] for window in whole if window[1] >= step]
+    assert [(task.shard, task.window) for task in tasks if task.epoch == 2] == [window[2:] for window in windows_of(order, 2, 0)]
 
 
 def test_memory_is_twice_the_pool():

@@ -176,7 +176,7 @@ def test_a_run_that_stops_while_its_data_arrives_goes_on_with_what_has_landed(tm
         site.repeat_last = True
         url = site.put("/set.h5", body, held_back(tmp_path))
         run = new_run(tmp_path, url, sha256, "overlap", 2)
-        done = start(run, 2, str(IN_WINDOWS), words=("20",))
+        done = start(run, 2, str(IN_WINDOWS), words=("stop=20",))
         # The server would have held the rest back for minutes: nobody waited for it.
         assert done.returncode == 75, done.stderr[-3000:]
         assert "stopping after step 20 of epoch 1" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import h5py
 import pytest
 from starts import lines, new_run, start
+
+from hpcutils.rundir import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,7 +52,7 @@ def test_stopped_and_gone_on_with_by_four_two_and_three_ranks(job_file):
 
     run = new_run(job_file, "stopped", 4)
     for ranks, step in ((4, 17), (2, 41)):
-        done = start(run, ranks, str(step))
+        done = start(run, ranks, f"stop={step}")
         assert f"stopping after step {step} of epoch 1" in done.stderr, done.stderr[-3000:]
         assert done.returncode == 75
         assert [path.suffix for path in sorted(run.checkpoints.glob(f"epoch-0000-step-{step:08d}.*"))] == [".json", ".keras"]
@@ -77,12 +80,95 @@ def test_a_damaged_chunk_ends_the_run_with_the_code_of_data(job_file):
     assert "dataset /images, chunk at (2000, 0, 0, 0)" in done.stderr
 
 
+def test_without_mpi_in_threads_all_of_it_is_called_in_the_main_one(job_file):
+    """Where MPI takes calls of one thread at a time, windows are decoded, and waited for, by the thread that runs the steps."""
+    run = new_run(job_file, "serialized", 2)
+    done = start(run, 2, "level=serialized", "main_thread=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [(line["read"], line["chunks_read"], line["coverage"]) for line in lines(run)] == [("window", 1.0, "exact")] * 2
+    done = start(new_run(job_file, "multiple", 2), 2, "main_thread=1")
+    assert "was called in hpcutils-" in done.stderr, "the guard sees threads"
+
+
+def test_a_sample_that_is_lost_ends_the_job(job_file):
+    done = start(new_run(job_file, "lossy", 2), 2, "lose=1")
+    assert done.returncode == 5, done.stderr[-3000:]
+    assert "the ranks took 5001 samples of 5001, and not each exactly once" in done.stderr
+
+
+def change(run: RunDirectory, part: str, **values: object) -> None:
+    """Change the resolved job of a run."""
+    resolved = json.loads(run.job.read_text())
+    resolved[part] |= values
+    run.job.write_text(json.dumps(resolved))
+
+
+def take_notes(run: RunDirectory) -> list[list]:
+    """Return what all ranks wrote of the batches that they used, epoch, step and samples, and remove it."""
+    files = list(run.path.glob("seen-*.jsonl"))
+    notes = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    for file in files:
+        file.unlink()
+    return notes
+
+
+def killed_at(run: RunDirectory, ranks: int, step: int) -> tuple[int, list[list]]:
+    """Start a run, whose last rank is killed; return the step that it began with, and the notes."""
+    done = start(run, ranks, f"kill={step}")
+    assert done.returncode not in (0, 75), done.stderr[-3000:]
+    assert "signal 9" in done.stderr
+    return began_with(done.stderr), take_notes(run)
+
+
+def began_with(log: str) -> int:
+    found = re.search(r"going on with step (\d+) of epoch 1", log)
+    return int(found[1]) - 1 if found else 0
+
+
+@pytest.mark.parametrize("steps", [(17, 41), (3, 66), (29, 30)])
+def test_killed_and_gone_on_with_by_four_two_and_three_ranks(job_file, steps):
+    """A rank dies without a word at some step: what counts of each run is exact, and together it is the dataset."""
+    run = new_run(job_file, f"killed-{steps[0]}", 4)
+    change(run, "checkpoints", every_steps=7)
+    change(run, "training", epochs=1)
+    first, notes = killed_at(run, 4, steps[0])
+    second, more = killed_at(run, 2, steps[1])
+    assert (first, second) == (0, steps[0] // 7 * 7)
+    done = start(run, 3)
+    assert done.returncode == 0, done.stderr[-3000:]
+    third, rest = began_with(done.stderr), take_notes(run)
+    assert third == max(steps) // 7 * 7
+    counted = [note for note in notes if note[1] < second]
+    counted += [note for note in more if second <= note[1] < third]
+    assert {note[1] for note in rest} == set(range(third, 79))
+    samples = [sample for _, _, rows in counted + rest for sample in rows]
+    assert sorted(samples) == list(range(5001))
+    assert [(line["coverage"], line["samples"]) for line in lines(run)] == [("exact", 5001)]
+
+
 def test_another_data_set_cannot_go_on(job_file):
     run = new_run(job_file, "other", 1)
-    assert start(run, 1, "5").returncode == 75
-    resolved = json.loads(run.job.read_text())
-    resolved["training"]["batch_size"] = 32
-    run.job.write_text(json.dumps(resolved))
+    assert start(run, 1, "stop=5").returncode == 75
+    change(run, "training", batch_size=32)
     done = start(run, 1)
     assert done.returncode == 5
     assert "batch_size was 64 and is 32" in done.stderr
+
+
+def test_between_epochs_the_batch_size_may_change_and_the_seed_may_not(job_file):
+    run = new_run(job_file, "between", 1)
+    change(run, "training", epochs=1)
+    assert start(run, 1).returncode == 0
+    change(run, "training", epochs=2, seed=8)
+    done = start(run, 1)
+    assert done.returncode == 5
+    assert "cannot go on with epoch 2: seed was 7 and is 8" in done.stderr
+    change(run, "training", seed=7, batch_size=100)
+    done = start(run, 1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "from epoch 2 on batches have 100 samples; they had 64" in done.stderr
+    assert [(line["epoch"], line["steps"], line["coverage"]) for line in lines(run)] == [(1, 79, "exact"), (2, 51, "exact")]
+    next(run.checkpoints.glob("epoch-0002.json")).unlink()
+    done = start(run, 1)
+    assert done.returncode == 5
+    assert "remove this checkpoint" in done.stderr

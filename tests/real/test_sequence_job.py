@@ -159,7 +159,7 @@ def test_stopped_in_an_epoch_and_gone_on_with_by_three_and_one_rank(folder):
     change(folder, args=f"{{rows: 16, log: {folder / 'stopped'}}}", use_processes="true")
     run = new_run(folder / "train.yaml", "stopped", 2)
     for ranks, step in ((2, 9), (3, 16)):
-        done = start(run, ranks, str(step), "1")
+        done = start(run, ranks, f"stop={step}", "epoch=1")
         assert f"stopping after step {step} of epoch 2" in done.stderr, done.stderr[-3000:]
         assert done.returncode == 75
     done = start(run, 1)

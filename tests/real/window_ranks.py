@@ -97,6 +97,7 @@ def read_epoch(reader: WindowReader, epoch: int, world: MPI.Comm, first_step: in
     joined = Certificate()
     for part in world.allgather(seen):
         joined = joined.join(part)
+    assert seen.over(world) == joined
     if first_step == 0:
         assert joined == certificate_of(order.samples)
     return world.allreduce(reader.chunks_read(epoch))

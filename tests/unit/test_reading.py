@@ -9,9 +9,12 @@ from hpcutils.data.order import Certificate, Order, Seat, certificate_of
 from hpcutils.data.shards import POOL_BYTES, Layout
 from hpcutils.data.windows import layout_of, window_bytes
 from hpcutils.errors import DataError
+from hpcutils.log import LOGGER
 from hpcutils.train.feed import RowFeed
 from hpcutils.train.ranks import Ranks
-from hpcutils.train.reading import RowSource, open_source, plan_reading, seats
+from hpcutils.train.reading import RowSource, agree, open_source, plan_reading, seats
+from hpcutils.train.session import look_at_mixing, memory_of
+from hpcutils.train.steps import held_bytes
 from hpcutils.world import World
 
 ROWS = 50
@@ -41,8 +44,9 @@ def test_what_fits_is_in_memory(matrices):
     x, y = matrices
     order = Order(layout_of(x), 8)
     assert plan_reading(x, y, order, None, "window", x.nbytes + y.nbytes)[0].mode == "memory"
-    plan, short = plan_reading(x, y, order, None, "independent", 1 << 30)
-    assert (plan.mode, plan.memory_bytes, short) == ("independent", 0, None)
+    plan, short = plan_reading(x, y, order, None, "independent", 1 << 30, 128 << 20)
+    assert (plan.mode, plan.memory_bytes, plan.cache_bytes, short) == ("independent", 0, 128 << 20, None)
+    assert str(plan) == "independent (6 shards, 0.0 MiB a node, up to 128 MiB of chunks a rank)"
 
 
 def test_what_does_not_fit_is_read_in_windows_or_by_each_rank(matrices):
@@ -135,3 +139,78 @@ def test_normalizers_see_batches_of_the_files_type(matrices):
     x, _, _ = next(feed.batches())
     assert seen == [np.dtype(">u2")]
     assert x.dtype == np.float32
+
+
+class Two:
+    """Two ranks, the other of which says what it is told to."""
+
+    def __init__(self, change) -> None:
+        self.change = change
+
+    def gather(self, value):
+        return [value, self.change(value)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plan: ("window", *plan[1:]),
+        lambda plan: (plan[0], plan[1] + 1, *plan[2:]),
+        lambda plan: (*plan[:-3], "another order", *plan[-2:]),
+        lambda plan: (*plan[:-1], ((51,), "<i4")),
+    ],
+    ids=["mode", "samples", "order", "labels"],
+)
+def test_ranks_that_plan_differently_are_an_error(matrices, change):
+    x, y = matrices
+    plan, _ = plan_reading(x, y, Order(layout_of(x), 8), None, "window", 1 << 30)
+    agree(plan, (x, y), Two(lambda own: own))
+    with pytest.raises(DataError, match=r"rank 1 plans .* rank 0 plans"):
+        agree(plan, (x, y), Two(change))
+
+
+@pytest.mark.parametrize(
+    ("labels", "chunk_rows", "said"),
+    [
+        (np.arange(20_000) // 2000, 10, ["neighbours share theirs"]),
+        (np.arange(20_000) // 2000, 5000, ["neighbours share theirs; windows mix them too little"]),
+        (np.random.default_rng(0).integers(0, 10, 20_000), 10, []),
+    ],
+    ids=["sorted", "sorted in large chunks", "mixed"],
+)
+def test_files_that_are_sorted_by_label_are_warned_of(tmp_path, caplog, labels, chunk_rows, said):
+    with h5py.File(tmp_path / "labels.h5", "w") as file:
+        file["y"] = labels
+    order = Order(Layout(len(labels), chunk_rows, 0, POOL_BYTES // 8000), 200)
+    with HDF5Matrix(tmp_path / "labels.h5", "y") as y, caplog.at_level("INFO", logger=LOGGER.name):
+        look_at_mixing(order, y)
+    assert "samples move" in caplog.text
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == len(said)
+    assert all(words in line for words, line in zip(said, warned, strict=True))
+    if len(said) and "windows" not in said[0]:
+        assert "windows" not in warned[0]
+
+
+def test_the_plan_states_all_memory(matrices):
+    x, y = matrices
+    feed = feed_of(matrices)
+    size = 8 * (4 * 2 + y.dtype.itemsize + 4)
+    assert held_bytes(feed) == 3 * 16 * size
+    assert held_bytes(feed, feed) == 2 * held_bytes(feed)
+    plans = [plan_reading(x, y, feed.order, None, read, 1 << 30, 256 << 20)[0] for read in ("window", "independent")]
+    said = memory_of(plans, [feed, feed])
+    node = f"{(x.nbytes + y.nbytes) / 2**20:.1f} MiB of a node for data"
+    assert said == f"{node}, and of each rank 0.0 MiB for batches, up to 256 MiB for chunks"
+    assert "chunks" not in memory_of(plans[:1], [feed])
+
+
+@pytest.mark.parametrize(("in_memory", "counts"), [(True, [24, 0]), (False, [None, None])])
+def test_chunks_that_cut_rows_are_counted_as_the_file_has_them(tmp_path, in_memory, counts):
+    with h5py.File(tmp_path / "cut.h5", "w") as file:
+        file.create_dataset("x", data=np.zeros((20, 4, 6)), chunks=(5, 2, 2), compression="gzip")
+        file["y"] = np.zeros(20)
+    with HDF5Matrix(tmp_path / "cut.h5", "x") as x, HDF5Matrix(tmp_path / "cut.h5", "y") as y:
+        source = RowSource(x, y, None, in_memory)
+        assert source.chunks == 24
+        assert [source.chunks_read(epoch) for epoch in range(2)] == counts

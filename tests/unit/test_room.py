@@ -3,11 +3,14 @@
 import resource
 import subprocess
 import sys
+import types
 
 import pytest
 
+from hpcutils.data import shared
 from hpcutils.data.chunks import cache_limit
 from hpcutils.data.room import ranks_here, usable_bytes
+from hpcutils.data.shared import free_memory_bytes
 
 MIB = 1 << 20
 
@@ -34,6 +37,39 @@ def test_the_smallest_limit_counts(machine):
     assert usable_bytes(proc, cgroups) == 4096 * MIB
     (proc / "meminfo").unlink()
     assert usable_bytes(proc, cgroups) is None
+
+
+def test_limits_of_version_1_count_too(machine):
+    """Slurm on an older system: the memory controller has a tree of its own, and no limit is a very large number."""
+    proc, cgroups = machine
+    (proc / "self" / "cgroup").write_text("11:cpu,cpuacct:/slurm\n9:memory:/slurm/job_2/step_0\n1:name=systemd:/old\n")
+    step = cgroups / "memory" / "slurm" / "job_2" / "step_0"
+    step.mkdir(parents=True)
+    (step / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert usable_bytes(proc, cgroups) == 4096 * MIB
+    (step.parent / "memory.limit_in_bytes").write_text(f"{1024 * MIB}\n")
+    assert usable_bytes(proc, cgroups) == 1024 * MIB
+    (step / "memory.limit_in_bytes").write_text(f"{512 * MIB}\n")
+    assert usable_bytes(proc, cgroups) == 512 * MIB
+
+
+@pytest.mark.parametrize(("group", "file"), [("0::/job", "job/memory.max"), ("4:memory:/job", "memory/job/memory.limit_in_bytes")])
+def test_windows_take_no_more_than_the_group_or_the_shared_memory_has(machine, monkeypatch, group, file):
+    proc, cgroups = machine
+    (proc / "self" / "cgroup").write_text(f"{group}\n")
+    (cgroups / file).parent.mkdir(parents=True)
+    (cgroups / file).write_text(f"{1024 * MIB}\n")
+    monkeypatch.setattr(shared, "usable_bytes", lambda: usable_bytes(proc, cgroups))
+    room = {"free": 8192 * MIB}
+
+    def statvfs(path):
+        assert path == "/dev/shm"
+        return types.SimpleNamespace(f_bavail=room["free"] // 4096, f_frsize=4096)
+
+    monkeypatch.setattr(shared.os, "statvfs", statvfs)
+    assert free_memory_bytes() == 1024 * MIB
+    room["free"] = 64 * MIB
+    assert free_memory_bytes() == 64 * MIB, "a container's own /dev/shm"
 
 
 def test_a_limit_of_the_process_itself():
