@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from hpcutils.image.listing import known_image
 from hpcutils.image.trust import verify
 from hpcutils.launch.executor import batch_script
 from hpcutils.launch.request import Request, plan_request
-from hpcutils.launch.runs import runs_folder
+from hpcutils.launch.runs import Submitted, runs_folder, submit_run
 from hpcutils.rundir import RunDirectory, new_run_id
 from hpcutils.specs.job import Job, gpus_per_node, load_job
 from hpcutils.specs.site import Site, load_site
@@ -31,13 +31,15 @@ class Plan:
     """A job that could be submitted now.
 
     Args:
-        request: What Slurm will be asked.
+        request: What Slurm will be asked, for a run directory of an id that may still change.
+        request_for: The same for the run directory that was made.
         job_folder: Folder of train.yaml.
         image: The image, or `None`.
         data_argv: The command that makes missing data first, or `None` when all is there.
     """
 
     request: Request
+    request_for: Callable[[RunDirectory], Request]
     job_folder: Path
     image: Image | None
     data_argv: tuple[str, ...] | None
@@ -46,6 +48,11 @@ class Plan:
         """Run the job's own data script if files are missing."""
         if self.data_argv is not None:
             make_data(self.data_argv, self.request.job, self.job_folder)
+
+    def submit(self, task: Callable[[str], object]) -> Submitted:
+        """Make the run directory and submit `task`."""
+        runs, name = self.request.run.path.parent, self.request.job.name
+        return submit_run(self.request_for, runs, name, self.job_folder, self.image_record(), task)
 
     def image_record(self) -> dict[str, Any] | None:
         """Return what the run's record says of the image."""
@@ -64,8 +71,12 @@ def plan(job_file: Path, overrides: Overrides, image_name: str | None, runs: str
     run = RunDirectory(runs_folder(runs) / new_run_id(job.name))
     image = checked_image(name, site) if name is not None else None
     variant = image.sidecar.get("variant", "cuda") if image is not None else "cpu"
-    request = plan_request(job, run, image.path if image is not None else None, folder, site, variant)
-    return Plan(request, folder, image, data_argv(job, folder))
+    path = image.path if image is not None else None
+
+    def request_for(run: RunDirectory) -> Request:
+        return plan_request(job, run, path, folder, site, variant)
+
+    return Plan(request_for(run), request_for, folder, image, data_argv(job, folder))
 
 
 def checked_image(name: str, site: Site) -> Image:

@@ -27,7 +27,6 @@ def submit(
     Options win over the file. Stdout gets the result, stderr the progress.
     """
     from hpcutils.cli.prepare import dry_run_text, plan
-    from hpcutils.launch.runs import submit_run
     from hpcutils.train.entry import run_rank
 
     planned = plan(job_file, overrides_of(values), image_name, runs)
@@ -35,8 +34,8 @@ def submit(
         click.echo(dry_run_text(planned))
         return
     planned.make_data()
-    run = planned.request.run
-    job_id = submit_run(planned.request, planned.job_folder, planned.image_record(), run_rank)
+    submitted = planned.submit(run_rank)
+    run, job_id = submitted.run, submitted.job_id
     click.echo(f"submitted {run.run_id} as Slurm job {job_id}", err=True)
     if follow:
         from hpcutils.launch import monitor
