@@ -20,7 +20,8 @@ from hpcutils.launch.executor import batch_script
 from hpcutils.launch.request import Request, plan_request
 from hpcutils.launch.runs import Submitted, runs_folder, submit_run
 from hpcutils.rundir import RunDirectory, new_run_id
-from hpcutils.specs.job import Job, gpus_per_node, load_job
+from hpcutils.specs.job import Job, load_job
+from hpcutils.specs.resources import gpus_per_node
 from hpcutils.specs.site import Site, load_site
 
 Overrides = Mapping[tuple[str | int, ...], tuple[str, Any]]

@@ -13,7 +13,8 @@ from typing import Any
 from hpcutils.errors import EXIT_REQUEUE, JobFailedError, RequestError
 from hpcutils.image.exec_line import MPI_ENVIRONMENT, bind, exec_argv
 from hpcutils.rundir import RunDirectory
-from hpcutils.specs.job import Job, gpus_per_node, parse_time_s
+from hpcutils.specs.job import Job
+from hpcutils.specs.resources import gpus_per_node, parse_time_s
 from hpcutils.specs.site import Site
 
 MAX_RESTARTS = 3
