@@ -22,7 +22,13 @@ SBATCH_TIMEOUT_S = 60.0
 # How long sbatch may still take to name the job when Ctrl-C was pressed.
 INTERRUPT_GRACE_S = 5.0
 
-NO_ANSWER = re.compile(r"unable to contact|connection refused|timed? out|socket|protocol authentication|munge", re.IGNORECASE)
+# Slurm's own sentences for a controller or a munge that is not there (slurm_errno.c and the commands' network layer).
+NO_ANSWER = re.compile(
+    r"unable to (contact|establish)|connect failure|connection (refused|reset|timed out)|socket timed out|send/recv|zero bytes"
+    r"|no route to host|protocol authentication|munge|standby mode",
+    re.IGNORECASE,
+)
+NO_PARTITION = re.compile(r"invalid partition (name )?specified|invalid partition name", re.IGNORECASE)
 
 
 def batch_script(request: Request) -> str:
@@ -111,12 +117,12 @@ def translate(said: str, request: Request | Any) -> HpcutilsError:
         return SlurmUnavailableError(
             f"Slurm does not answer: {reason}", "ask 'scontrol ping'; the controller may be down or restarting"
         )
-    partition = request.job.resources.partition
-    if "partition" in reason.lower():
-        return SlurmRejectedError(
-            f"Slurm knows no partition {partition!r}: {reason}", "see 'sinfo -s' for the partitions that you may use"
-        )
+    partition = request.parameters.get("partition")
+    where = f"partition {partition!r}" if partition is not None else "the cluster's default partition"
+    if NO_PARTITION.search(reason):
+        said = f"Slurm knows no {where}" if partition is not None else "the cluster has no default partition"
+        return SlurmRejectedError(f"{said}: {reason}", "see 'sinfo -s' for the partitions that you may use")
     return SlurmRejectedError(
-        f"Slurm refused the job: {reason}",
+        f"Slurm refused the job ({where}): {reason}",
         "compare the request ('--dry-run') with 'sinfo -Nel' and 'scontrol show partition'",
     )
