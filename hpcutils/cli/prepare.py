@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,38 @@ class Plan:
         """Make the run directory and submit `task`."""
         runs, name = self.request.run.path.parent, self.request.job.name
         return submit_run(self.request_for, runs, name, self.job_folder, self.image_record(), task)
+
+    def commands(self) -> list[str]:
+        """Return what `submit` will run on this host, in this order."""
+        run = self.request.run
+        made = [] if self.data_argv is None else [shlex.join(self.data_argv)]
+        return [*made, f"mkdir -p {run.path}", f"sbatch {run.submitit}/submission_file_<unique>.sh"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `submit` would do, for a program."""
+        request = self.request
+        return {
+            "run": request.run.run_id,
+            "path": str(request.run.path),
+            "layout": asdict(request.layout),
+            "image": None if request.image is None else str(request.image),
+            "commands": self.commands(),
+            "script": batch_script(request),
+        }
+
+    def describe(self) -> str:
+        """Return what `submit` would do, for a person: the commands and the batch script."""
+        layout = self.request.layout
+        head = [
+            f"# run       {self.request.run.run_id}",
+            f"# layout    {layout.nodes} nodes x {layout.ranks_per_node} ranks x {layout.devices_per_rank} devices",
+            f"# image     {self.request.image or 'none: this Python environment'}",
+            "# commands  on this host, in this order",
+            *(f"#   {command}" for command in self.commands()),
+            "# script    as sbatch gets it",
+            "",
+        ]
+        return "\n".join(head) + batch_script(self.request).rstrip()
 
     def image_record(self) -> dict[str, Any] | None:
         """Return what the run's record says of the image."""
@@ -109,21 +141,3 @@ def make_data(argv: tuple[str, ...], job: Job, folder: Path) -> None:
     missing = [file.path for file in job.data.files if file.path is not None and not (folder / file.path).is_file()]
     if missing:
         raise DataError(f"{argv[-1]} did not make {', '.join(missing)}", "it runs in the folder of train.yaml")
-
-
-def dry_run_text(planned: Plan) -> str:
-    """Return the commands and the batch script that `submit` would use."""
-    request = planned.request
-    commands = [] if planned.data_argv is None else [shlex.join(planned.data_argv)]
-    commands += [f"mkdir -p {request.run.path}", f"sbatch {request.run.submitit}/submission_file_<unique>.sh"]
-    layout = request.layout
-    head = [
-        f"# run       {request.run.run_id}",
-        f"# layout    {layout.nodes} nodes x {layout.ranks_per_node} ranks x {layout.devices_per_rank} devices",
-        f"# image     {request.image or 'none: this Python environment'}",
-        "# commands  on this host, in this order",
-        *(f"#   {command}" for command in commands),
-        "# script    as sbatch gets it",
-        "",
-    ]
-    return "\n".join(head) + batch_script(request).rstrip()
