@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hpcutils import fs
 from hpcutils.data.order import Certificate, certificate_of
 from hpcutils.data.state import state_at
-from hpcutils.errors import EXIT_REQUEUE, DataError
+from hpcutils.errors import DataError
 from hpcutils.log import LOGGER
 from hpcutils.rundir import RunDirectory
 from hpcutils.specs.job import Job
@@ -22,6 +22,7 @@ from hpcutils.train.checkpoint import Progress, save_checkpoint
 from hpcutils.train.feed import Feed
 from hpcutils.train.ranks import Ranks
 from hpcutils.train.steps import StepRunner, steps_per_call
+from hpcutils.train.stop import StoppedToGoOn
 
 Values: TypeAlias = NDArray[np.float64]
 
@@ -224,7 +225,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
             # Before the first rank goes: srun ends the others then, this one perhaps among them.
             fs.write_text(self.run.stopped, f"{when}\n")
         self.ranks.barrier()
-        raise SystemExit(EXIT_REQUEUE)
+        raise StoppedToGoOn()
 
     def _finish_training(self) -> None:
         self._seconds = time.perf_counter() - self._started
