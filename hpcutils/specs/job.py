@@ -275,7 +275,7 @@ def _layout_problems(source: Source) -> list[Problem]:
     if nodes is None or any(("resources", key) in source.overrides for key in ("nodes", "gpus", "gpus_per_node")):
         return []
     found = layout_problem(nodes, total, each)
-    return [] if found is None else [Problem(("resources", "gpus"), f"resources.gpus: {'; '.join(found)}")]
+    return [] if found is None else [Problem(("resources", "gpus"), f"resources.{'; '.join(found).replace(' ', ': ', 1)}")]
 
 
 def read_job(text: str) -> Job:

@@ -127,8 +127,8 @@ def test_sys_exit_in_a_rank_is_a_failure_of_the_job(run, word):
 
 def test_a_stop_at_a_checkpoint_is_no_failure(run):
     code = (
-        "from hpcutils.train import main\nfrom hpcutils.train.entry import run_rank\nfrom hpcutils.train.stop import StoppedToGoOn\n"
-        f"def train(run, world): raise StoppedToGoOn()\nmain.train = train\nrun_rank({str(run.path)!r})"
+        "from hpcutils.train import main, stop\nfrom hpcutils.train.entry import run_rank\n"
+        f"def train(run, world): raise stop.StoppedToGoOn()\nmain.train = train\nrun_rank({str(run.path)!r})"
     )
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_", "PMI"))}
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
