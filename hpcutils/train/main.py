@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import resource
 import time
 from pathlib import Path
 from typing import Any
 
-from hpcutils import __version__
 from hpcutils.errors import DataError, IntegrityError, WorldError
 from hpcutils.log import LOGGER
 from hpcutils.rundir import RunDirectory, read_json, write_json
@@ -20,6 +17,7 @@ from hpcutils.staging.unpacked import unpack_archive
 from hpcutils.staging.want import item_of, listed_in, manifest_of, settings_of, source_of
 from hpcutils.train import devices
 from hpcutils.train.preflight import preflight
+from hpcutils.train.provenance import Provenance
 from hpcutils.train.ranks import Ranks
 from hpcutils.world import World
 
@@ -28,6 +26,7 @@ def train(run: RunDirectory, world: World) -> dict[str, Any]:
     """Train the run's job as one of its ranks; returns what rank 0 writes to `result.json`."""
     started = time.perf_counter()
     job, submission = read_job(run.job.read_text()), read_json(run.submission)
+    record = Provenance(run, world, submission)
     preflight(world, wants_gpus=job.resources.devices == "gpu")
     ranks = Ranks(world)
     expected = submission["nodes"] * submission["ranks_per_node"]
@@ -39,11 +38,13 @@ def train(run: RunDirectory, world: World) -> dict[str, Any]:
 
     # The data moves while TensorFlow, seconds to import, is not needed yet.
     staged, staging = stage_files(job, Path(submission["job_folder"]), ranks)
+    record.add_data(staged, staging)
     devices.prepare(job)
     names = ranks.together(lambda: devices.configure(job, world, submission["devices_per_rank"]))
 
     from hpcutils.train import session
 
+    record.add_versions(ranks)
     outcome = session.run(job, run, ranks, staged, names)
     peaks_mb = ranks.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     result = {
@@ -55,8 +56,8 @@ def train(run: RunDirectory, world: World) -> dict[str, Any]:
         "peak_rss_mb": [round(peak, 1) for peak in peaks_mb],
         **outcome,
     }
+    record.complete(result["reducer"])
     if world.rank == 0:
-        write_json(run.provenance, provenance(submission, staged, result["reducer"], ranks) | {"staging": staging})
         write_json(run.result, result)
         LOGGER.info("done: %s", run.path)
     ranks.barrier()
@@ -106,41 +107,3 @@ def _stage_listed(job: Job, job_folder: Path, settings: Settings, leaders: Leade
     outcome = stage_manifest(manifest, source_of(job, job_folder), settings, leaders)
     files = {name: Staged(outcome.files / path, sha256 or outcome.digest, 0) for name, (path, sha256) in listed.items()}
     return files, [outcome]
-
-
-def provenance(submission: dict[str, Any], staged: dict[str, Staged], reducer: str, ranks: Ranks) -> dict[str, Any]:
-    """Return what one must know to run the same again."""
-    import h5py
-    import keras
-    import numpy as np
-    import tensorflow as tf
-
-    return {
-        "submission": submission,
-        "image": submission["image"],
-        "code_sha256": submission["code_sha256"],
-        "data": {name: file.sha256 for name, file in staged.items()},
-        "versions": {
-            "hpcutils": __version__,
-            "python": platform.python_version(),
-            "tensorflow": tf.__version__,
-            "keras": keras.__version__,
-            "numpy": np.__version__,
-            "h5py": h5py.__version__,
-            "hdf5": h5py.version.hdf5_version,
-            "mpi": _mpi_version(ranks),
-            "reducer": reducer,
-        },
-        "slurm": {
-            name.lower(): os.environ.get(name)
-            for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_PARTITION", "SLURM_RESTART_COUNT")
-        },
-    }
-
-
-def _mpi_version(ranks: Ranks) -> str | None:
-    if ranks.comm is None:
-        return None
-    from mpi4py import MPI
-
-    return str(MPI.Get_library_version().split(",")[0].strip())
