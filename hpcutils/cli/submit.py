@@ -47,9 +47,16 @@ def submit(
 
 def _followed(run: RunDirectory, known: dict[str, Any], as_json: bool) -> dict[str, Any]:
     """Wait for the verdict and return it; one that is an error is printed for programs before it is raised."""
+    from hpcutils.errors import HpcutilsError
     from hpcutils.launch import monitor
 
-    current = monitor.follow(run, sys.stderr)
+    try:
+        current = monitor.follow(run, sys.stderr)
+    except HpcutilsError as exc:
+        # Not the job's end: Ctrl-C, or a Slurm that is away.
+        if as_json:
+            emit({**known, "state": "UNKNOWN", "exit_code": None, "error": exc.message}, as_json, "")
+        raise
     verdict = {"state": current.state, "exit_code": current.exit_code}
     error = monitor.verdict_error(current, run)
     if error is None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while something must not be left half done: they are noted, and acted on when it is safe."""
+"""Ctrl-C and its kin while something must not be left half done: they are noted, and acted on when it is safe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from types import FrameType
 
 from hpcutils.errors import InterruptError
 
-HELD = (signal.SIGINT, signal.SIGTERM)
+# SIGHUP comes when a terminal or its connection is closed.
+HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Hold:
@@ -43,7 +44,7 @@ class Hold:
 
 @contextlib.contextmanager
 def held() -> Iterator[Hold]:
-    """Hold Ctrl-C and SIGTERM back in this block, which asks the yielded `Hold` for them.
+    """Hold Ctrl-C, SIGTERM and SIGHUP back in this block, which asks the yielded `Hold` for them.
 
     A mask would be inherited by the programs that are started, and would not let a hanging one be given up. Only the main thread
     may set handlers: in any other, nothing is held.

@@ -139,7 +139,8 @@ def test_ctrl_c_leaves_the_job_alone_and_says_so(slurm):
     slurm.command("scontrol", f"{says('RUNNING')}; touch {slurm.bin}/now")
     process = slurm.start("submit", "train.yaml", "--follow", "--json")
     out, err = slurm.interrupt(process, slurm.bin / "now", signal.SIGINT)
-    assert (process.returncode, out) == (130, "")
+    answer = json.loads(out)
+    assert (process.returncode, answer["job_id"], answer["state"], answer["exit_code"]) == (130, "77", "UNKNOWN", None)
     assert "(job 77) goes on" in err
     assert "hpcutils cancel" in err and "--follow" in err
     assert "Traceback" not in err

@@ -16,7 +16,7 @@ from hpcutils.launch import executor, runs
 from hpcutils.launch.request import plan_request
 from hpcutils.specs.job import load_job
 
-INTERRUPTS = [signal.SIGINT, signal.SIGTERM]
+INTERRUPTS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 @pytest.fixture
