@@ -6,6 +6,7 @@ that the user may read. They are refused unless the caller asked for them, befor
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import weakref
@@ -16,6 +17,7 @@ from typing import TypeAlias
 
 import h5py
 
+from hpcutils.data.arriving import NO_DEVICE, ByteSource, SourceFile, source_identity
 from hpcutils.data.readers import Reader, Token, choose_reader
 from hpcutils.errors import DataError
 
@@ -37,8 +39,15 @@ class OpenDataset:
     pid: int = field(default_factory=os.getpid)
 
     def is_current(self, path: str) -> bool:
-        """Tell whether this process opened it and the file at `path` is still the same."""
-        return self.pid == os.getpid() and self.identity == identity_of(path)
+        """Tell whether this process opened it and the file at `path` is still the same: or, of one that arrives, not there yet."""
+        if self.pid != os.getpid():
+            return False
+        return not os.path.exists(path) if self.is_arriving else self.identity == identity_of(path)  # noqa: PTH110 - once a batch
+
+    @property
+    def is_arriving(self) -> bool:
+        """Whether its bytes come from a `ByteSource`."""
+        return self.identity[0] == NO_DEVICE
 
 
 class _Opened:
@@ -63,9 +72,16 @@ class _Opened:
                 handle.file.close()
                 self.handles.discard(handle)
 
+    def close_arriving(self) -> None:
+        """Close files that are read through Python: HDF5 would do it after the end of the interpreter, and crash."""
+        for handle in list(self.handles):
+            if handle.is_arriving and handle.pid == os.getpid():
+                handle.file.close()
+
 
 OPENED = _Opened()
 os.register_at_fork(after_in_child=OPENED.renew)
+atexit.register(OPENED.close_arriving)
 
 
 def identity_of(path: str) -> Identity:
@@ -81,16 +97,24 @@ def identity_of(path: str) -> Identity:
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def open_dataset(path: str, name: str, allow_external: bool) -> OpenDataset:
+def open_dataset(path: str, name: str, allow_external: bool, source: ByteSource | None = None) -> OpenDataset:
     """Open dataset `name` of the file at `path`, read-only and without locks (shared file systems may lack them).
+
+    Args:
+        path: The file.
+        name: The dataset.
+        allow_external: Whether it may read other files.
+        source: Its bytes, as long as it is not there.
 
     Raises:
         DataError: No such file or dataset, not HDF5, no rows, or data in other files without `allow_external`.
     """
     with OPENED.lock:
-        identity = identity_of(path)
+        if source is not None and Path(path).exists():
+            source = None
+        identity = identity_of(path) if source is None else source_identity(source)
         OPENED.close_stale(identity)
-        file = _open_file(path)
+        file = _open_file(path, source)
         try:
             dataset = _find(file, name, allow_external)
             if not allow_external:
@@ -98,7 +122,7 @@ def open_dataset(path: str, name: str, allow_external: bool) -> OpenDataset:
             if not dataset.shape:
                 raise DataError(f"{path}: dataset {name!r} has no rows: its shape is {dataset.shape}", _listing(file))
             token = (*identity, dataset.name)
-            handle = OpenDataset(file, choose_reader(file, dataset, token), identity, token)
+            handle = OpenDataset(file, choose_reader(file, dataset, token, source), identity, token)
         except BaseException:
             file.close()
             raise
@@ -106,9 +130,9 @@ def open_dataset(path: str, name: str, allow_external: bool) -> OpenDataset:
         return handle
 
 
-def _open_file(path: str) -> h5py.File:
+def _open_file(path: str, source: ByteSource | None) -> h5py.File:
     try:
-        return h5py.File(path, "r", locking=False)
+        return h5py.File(path if source is None else SourceFile(source, path), "r", locking=False)
     except OSError as exc:
         reason = "is a folder" if Path(path).is_dir() else str(exc)
         raise DataError(f"{path}: not a readable HDF5 file: {reason}", "an .h5 or .hdf5 file was expected") from exc

@@ -16,6 +16,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from hpcutils.data.arriving import ByteSource
 from hpcutils.data.chunks import CACHE
 from hpcutils.data.h5file import OPENED, OpenDataset, open_dataset
 from hpcutils.data.keys import KeyPlan, Rows, plan_key
@@ -67,6 +68,8 @@ class HDF5Matrix:
     """
 
     allow_external: bool = False
+    # Where the bytes come from as long as there is no file at `datapath`.
+    _source: ByteSource | None = None
 
     def __init__(
         self,
@@ -100,6 +103,25 @@ class HDF5Matrix:
         """Make a matrix that may read the other files that this one names: external links, external storage, views."""
         matrix = cls.__new__(cls)
         matrix.allow_external = True
+        matrix.__init__(datapath, dataset, start, end, normalizer)  # type: ignore[misc]
+        return matrix
+
+    @classmethod
+    def arriving(
+        cls,
+        source: ByteSource,
+        datapath: str | os.PathLike[str],
+        dataset: str,
+        start: SupportsIndex = 0,
+        end: SupportsIndex | None = None,
+        normalizer: Normalizer | None = None,
+    ) -> HDF5Matrix:
+        """Make a matrix of a file that will be at `datapath`: until it is, its bytes come from `source`.
+
+        The first read after the file appeared takes the file. A matrix that is pickled meanwhile leaves its source behind.
+        """
+        matrix = cls.__new__(cls)
+        matrix._source = source
         matrix.__init__(datapath, dataset, start, end, normalizer)  # type: ignore[misc]
         return matrix
 
@@ -217,7 +239,7 @@ class HDF5Matrix:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None}
+        return {**self.__dict__, "_handle": None, "_source": None}
 
     def _to_array(self, dtype: DTypeLike = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
@@ -256,7 +278,7 @@ class HDF5Matrix:
             raise DataError(f"{self!r} is closed", "read it before close(), or inside of the with block; or make a new one")
         handle = self._handle
         if handle is None or not handle.is_current(self.datapath):
-            handle = open_dataset(self.datapath, self.dataset, self.allow_external)
+            handle = open_dataset(self.datapath, self.dataset, self.allow_external, self._source)
             self._handle = handle
         return handle
 

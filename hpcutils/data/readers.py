@@ -4,6 +4,8 @@
     ContiguousReader  one plain block: slices by HDF5, scattered rows with `preadv`
     LibraryReader     anything else (other filters, strings, compounds, virtual datasets): HDF5 itself, chunk by chunk
 
+Where the file is still arriving, the bytes of all three come from a `ByteSource`: HDF5 itself has it as its file.
+
 All give a new array of the dataset's own dtype, rows in the order asked for, and visit each chunk once a request.
 """
 
@@ -21,6 +23,7 @@ import numpy as np
 from h5py._objects import phil
 from numpy.typing import NDArray
 
+from hpcutils.data.arriving import ByteSource, ChunkPlaces, places_of
 from hpcutils.data.chunks import (
     CACHE,
     CACHE_LEAST_BYTES,
@@ -62,18 +65,18 @@ class Reader(Protocol):
         """Fill `out`, `(rows, *shape[1:])`, from row `first` on, in this thread and past the cache; return the chunks fetched."""
 
 
-def choose_reader(file: h5py.File, dataset: h5py.Dataset, token: Token) -> Reader:
-    """Return the fastest reader that can read `dataset`."""
+def choose_reader(file: h5py.File, dataset: h5py.Dataset, token: Token, source: ByteSource | None = None) -> Reader:
+    """Return the fastest reader that can read `dataset`; `source` is where the file's bytes come from, if not from a path."""
     plist = dataset.id.get_create_plist()
     filters = [plist.get_filter(i) for i in range(plist.get_nfilters())]
     # A file that is also open for writing in this process may have rows that are not in the file yet.
     if not _is_plain(dataset) or file.id.get_intent() != h5py.h5f.ACC_RDONLY:
         return LibraryReader(dataset, token)
     if dataset.chunks and tuple(code for code, *_ in filters) in KNOWN_PIPELINES and _shuffles_elements(filters, dataset):
-        return ChunkReader(dataset, tuple(code for code, *_ in filters), token)
+        return ChunkReader(dataset, tuple(code for code, *_ in filters), token, places_of(file, dataset, source))
     offset = dataset.id.get_offset() if plist.get_layout() == h5py.h5d.CONTIGUOUS else None
-    if offset is not None and plist.get_external_count() == 0 and file.driver == "sec2":
-        return ContiguousReader(dataset, offset, file.id.get_vfd_handle())
+    if offset is not None and plist.get_external_count() == 0 and (source is not None or file.driver == "sec2"):
+        return ContiguousReader(dataset, offset, source or OwnDescriptor(file))
     return LibraryReader(dataset, token)
 
 
@@ -91,10 +94,10 @@ def _shuffles_elements(filters: list[Any], dataset: h5py.Dataset) -> bool:
 class ChunkReader:
     """Reads a chunked dataset of plain numbers, unfiltered or with shuffle and deflate."""
 
-    def __init__(self, dataset: h5py.Dataset, pipeline: tuple[int, ...], token: Token) -> None:
+    def __init__(self, dataset: h5py.Dataset, pipeline: tuple[int, ...], token: Token, places: ChunkPlaces | None = None) -> None:
         self.shape, self.dtype = dataset.shape, dataset.dtype
         self.block_rows = dataset.chunks[0]
-        self._dataset, self._pipeline, self._token = dataset, pipeline, token
+        self._dataset, self._pipeline, self._token, self._places = dataset, pipeline, token, places
         self._chunks: tuple[int, ...] = dataset.chunks
         self._size_bytes = int(np.prod(self._chunks, dtype=np.int64)) * self.dtype.itemsize
         self._library = LibraryReader(dataset, token)
@@ -145,14 +148,22 @@ class ChunkReader:
 
     def _fetch(self, start: tuple[int, ...]) -> Inflated | None:
         """Return a chunk with its filters undone; `None` where only HDF5 can make it."""
+        found = self._places.read(start) if self._places is not None else self._stored(start)
+        if found is None:
+            return None
+        mask, stored = found
+        with _at(self._dataset, start):
+            return undo_filters(stored, self._pipeline, mask, self._size_bytes)
+
+    def _stored(self, start: tuple[int, ...]) -> tuple[int, bytes] | None:
+        """Return a chunk's filter mask and its bytes in the file."""
         try:
             with phil:  # h5py before 3.16 forgets its own lock here (h5py#2764): two threads crash the process
                 mask, stored = self._dataset.id.read_direct_chunk(start)
         except (OSError, RuntimeError):
             # A chunk that was never written has no bytes to give; HDF5 itself makes up its fill values, or explains.
             return None
-        with _at(self._dataset, start):
-            return undo_filters(stored, self._pipeline, mask, self._size_bytes)
+        return mask, stored
 
     def _copy(self, chunk: Inflated | None, job: Job) -> None:
         """Copy the wanted rows of one chunk to their places; `None` is a chunk that only HDF5 can make."""
@@ -176,24 +187,47 @@ class ChunkReader:
         return (group.chunk * self.block_rows, *column)
 
 
+class OwnDescriptor:
+    """The bytes of a file that HDF5 has open, read past it.
+
+    Args:
+        file: Opened with HDF5's plain driver.
+    """
+
+    def __init__(self, file: h5py.File) -> None:
+        # A descriptor of our own: the file may be closed, and its number given to another file, while a thread reads.
+        self._descriptor = os.dup(file.id.get_vfd_handle())
+        weakref.finalize(self, os.close, self._descriptor)
+        self.size_bytes = os.fstat(self._descriptor).st_size
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes from `offset` on; see `ByteSource`."""
+        while buffer:
+            got = os.preadv(self._descriptor, [buffer], offset)
+            if got == 0:
+                raise DataError(f"the file ends at byte {offset}", "it was cut short: copy it again")
+            buffer, offset = buffer[got:], offset + got
+
+
 class ContiguousReader:
     """Reads a dataset that is one unfiltered block of plain numbers."""
 
-    def __init__(self, dataset: h5py.Dataset, offset_bytes: int, descriptor: int) -> None:
+    def __init__(self, dataset: h5py.Dataset, offset_bytes: int, source: ByteSource) -> None:
         self.shape, self.dtype = dataset.shape, dataset.dtype
         self._row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
         self.block_rows = max(1, PIECE_BYTES // max(self._row_bytes, 1))
-        self._dataset, self._offset_bytes = dataset, offset_bytes
-        # A descriptor of our own: the file may be closed, and its number given to another file, while a thread reads.
-        self._descriptor = os.dup(descriptor)
-        weakref.finalize(self, os.close, self._descriptor)
+        self._dataset, self._offset_bytes, self._source = dataset, offset_bytes, source
 
     def read(self, rows: Rows) -> NDArray[Any]:
         """Return the rows: one read for a slice, one for each run of neighbours otherwise."""
-        if isinstance(rows, range) and rows.step == 1:
-            return library_read(self._dataset, slice(rows.start, rows.stop))
+        is_slice = isinstance(rows, range) and rows.step == 1
+        if is_slice and isinstance(self._source, OwnDescriptor):
+            return library_read(self._dataset, slice(rows.start, rows.stop))  # type: ignore[union-attr]
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
         if out.size == 0:
+            return out
+        if is_slice:
+            self._fill(out.view(np.uint8), int(rows[0]))
             return out
         wanted = np.asarray(rows, np.intp)
         order = np.argsort(wanted, kind="stable")
@@ -218,13 +252,10 @@ class ContiguousReader:
 
     def _fill(self, memory: NDArray[np.uint8], first_row: int) -> None:
         """Fill `memory` with the rows from `first_row` on."""
-        place = self._offset_bytes + first_row * self._row_bytes
-        view = memory.reshape(-1).data
-        while view:
-            got = os.preadv(self._descriptor, [view], place)
-            if got == 0:
-                raise DataError(f"{_name(self._dataset)}: the file ends before row {first_row}", "it was cut short: copy it again")
-            view, place = view[got:], place + got
+        try:
+            self._source.read_into(self._offset_bytes + first_row * self._row_bytes, memory.reshape(-1).data)
+        except DataError as exc:
+            raise type(exc)(f"{_name(self._dataset)}, row {first_row}: {exc.message}", exc.hint) from exc
 
 
 class LibraryReader:

@@ -101,6 +101,22 @@ def written_names(files: Any) -> list[str]:
     return [name for name in names if name]
 
 
+def has_manifest(info: ValidationInfo) -> bool:
+    """Return whether a file without a sha256 may be listed in a manifest; when a resolved job is read back, that was checked."""
+    return bool((info.context or {}).get("has_manifest", True))
+
+
+def check_overlap(files: tuple[DataFile, ...], read: str, has_manifest: bool) -> None:
+    """Raise `ValueError` where training cannot start before the data is there."""
+    if read == "mpio":
+        raise ValueError("'overlap' does not go with 'read: mpio': MPI-IO reads files that are there")
+    for file in files:
+        if file.extract is not None:
+            raise ValueError(f"'overlap' does not go with 'extract': {file.name} is there when all of its archive is")
+        if file.sha256 is None and not has_manifest:
+            raise ValueError(f"'overlap' must know what arrives: {file.name} has no 'sha256', and there is no 'staging.manifest'")
+
+
 class Split(Model):
     """Half-open ranges of sample numbers; an end of `null` is the end of the data."""
 
@@ -130,6 +146,7 @@ class Data(Model):
     normalizer: Function | None = None
     classes: Annotated[int, Field(ge=2)] | None = None
     read: Literal["window", "mpio", "independent"] = "window"
+    stage: Literal["before", "overlap"] = "before"
     make: str | None = None
 
     @field_validator("files", mode="before")
@@ -138,6 +155,13 @@ class Data(Model):
         if not value or not isinstance(value, list | tuple):
             raise ValueError("a list of files was expected, each with a 'path' or a 'url'")
         return tuple(value)
+
+    @field_validator("stage")
+    @classmethod
+    def _may_overlap(cls, value: str, info: ValidationInfo) -> str:
+        if value == "overlap":
+            check_overlap(info.data.get("files", ()), info.data.get("read", ""), has_manifest(info))
+        return value
 
     @field_validator("make")
     @classmethod
@@ -254,8 +278,12 @@ def load_job(path: Path, overrides: Mapping[Location, tuple[str, Any]] | None = 
     source = read_yaml(path)
     for location, (option, value) in (overrides or {}).items():
         source.override(location, value, option)
-    data = source.data.get("data")
-    context = {"base": path.resolve().parent, "data_is_made": isinstance(data, dict) and bool(data.get("make"))}
+    data, staging = (section if isinstance(section, dict) else {} for section in map(source.data.get, ("data", "staging")))
+    context = {
+        "base": path.resolve().parent,
+        "data_is_made": bool(data.get("make")),
+        "has_manifest": bool(staging.get("manifest")),
+    }
     job, problems = None, [*source.problems, *_layout_problems(source)]
     try:
         job = Job.model_validate(source.data, context=context)

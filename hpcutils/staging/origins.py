@@ -152,6 +152,9 @@ class WebOrigin:
                 self.close()
                 failures += 1
                 self._wait(piece, failures, exc)
+        if self._bounded:
+            # The answer is used up: who reads on from here must ask again.
+            self.close()
 
     def _wait(self, piece: Piece, failures: int, exc: Broken) -> None:
         where = self.where(piece.path)

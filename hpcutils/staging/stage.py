@@ -5,9 +5,8 @@ look (each node) ─► plan (pure) ─► rounds (pure) ─► load ─► ring
 
 from __future__ import annotations
 
-import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hpcutils import fs
@@ -21,6 +20,7 @@ from hpcutils.staging.look import Looked, look, place_of, plan_dataset
 from hpcutils.staging.manifest import read_manifest
 from hpcutils.staging.move import Move, disk_errors
 from hpcutils.staging.origins import Origin, WebOrigin, origin_of
+from hpcutils.staging.overlay import Arriving
 from hpcutils.staging.plan import StagePlan, shown_bytes
 from hpcutils.staging.ring import plan_rounds
 from hpcutils.staging.store import Head, Place
@@ -64,11 +64,13 @@ class Settings:
         root: The cache on each node.
         quota_bytes: What it may hold; `None` leaves it to the disk.
         verify: Hash again what is there already.
+        promised_bytes: Of that and of the disk, what datasets that are still being moved will take.
     """
 
     root: Path
     quota_bytes: int | None = None
     verify: bool = False
+    promised_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,83 @@ class Outcome:
         return {name: getattr(self, name) for name in names} | {"seconds": round(self.seconds, 3)}
 
 
-def stage_dataset(
+class Coming:
+    """A dataset that all leaders have looked for and planned: what is left is to move it, unless it is everywhere already.
+
+    Args:
+        dataset: What.
+        place: Where to.
+        leaders: One rank of each node; nothing else talks over their communicator until `finish` returns.
+        started_s: When it began (`time.monotonic`).
+        move: What is left to do, or
+        outcome: what came of it.
+        source: What its files are read from: see `origin_of`, `base` and `single`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        place: Place,
+        leaders: Leaders,
+        started_s: float,
+        move: Move | None = None,
+        outcome: Outcome | None = None,
+        source: tuple[str, bool] = ("", False),
+    ) -> None:
+        self.dataset, self.place, self.outcome = dataset, place, outcome
+        self._leaders, self._started_s, self._move, self._source = leaders, started_s, move, source
+
+    @property
+    def move_bytes(self) -> int:
+        """Bytes that this node's disk has to take yet."""
+        if self._move is None or self._move.partial is None:
+            return 0
+        return self.dataset.size_bytes - self._move.looked.facts.have_bytes
+
+    def arriving(self, path: str) -> Arriving | None:
+        """Return how a file can be read before `finish`; `None` where it is here already."""
+        if self._move is None or self._move.partial is None:
+            return None
+        begin_bytes = 0
+        for entry in self.dataset.entries():
+            if entry.path == path:
+                where = self._move.partial, self.place.entry, *self._source
+                return Arriving(path, entry.size_bytes, begin_bytes, self.dataset.segment_bytes, *where)
+            begin_bytes += entry.size_bytes
+        raise AssertionError(path)
+
+    def finish(self) -> Outcome:
+        """Move; each leader calls it.
+
+        Raises:
+            DataError: The source cannot be read, or a disk cannot be written. On every leader.
+            IntegrityError: The source is not what it must be, or a node got damaged bytes again and again. On every leader.
+        """
+        if self.outcome is not None or self._move is None:
+            assert self.outcome is not None
+            return self.outcome
+        try:
+            digest = self._move.run(self._started_s)
+        except HpcutilsError:
+            self.give_up()
+            raise
+        dataset, leaders = self.dataset, self._leaders
+        totals = [sum(column) for column in zip(*leaders.gather(self._move.counts()), strict=True)]
+        seconds = time.monotonic() - self._started_s
+        self.outcome = Outcome(
+            self.place.files, digest, dataset.size_bytes, totals[0], totals[1], seconds, leaders.size, totals[2]
+        )  # fmt: skip
+        if leaders.rank == 0:
+            LOGGER.info("%s", summary(dataset.name, self.outcome))
+        return self.outcome
+
+    def give_up(self) -> None:
+        """Leave it; what has landed stays for the next job."""
+        store.give_up(self.place)
+        cache.unpin(self.place)
+
+
+def begin_dataset(
     dataset: Dataset,
     base: str,
     settings: Settings,
@@ -110,8 +188,8 @@ def stage_dataset(
     single: bool = False,
     whole: bool = False,
     origin: Origin | None = None,
-) -> Outcome:
-    """Have `dataset` on every node; each leader calls it with the same arguments.
+) -> Coming:
+    """Look for `dataset` on every node, and plan how each gets it; each leader calls it with the same arguments.
 
     Args:
         dataset: What.
@@ -123,8 +201,7 @@ def stage_dataset(
         origin: What `base` was opened as already.
 
     Raises:
-        DataError: The source cannot be read, or a node has no room. On every leader.
-        IntegrityError: The source is not what it must be, or a node got damaged bytes again and again. On every leader.
+        DataError: A node has no room. On every leader.
     """
     started_s = time.monotonic()
     place = place_of(dataset, settings.root)
@@ -136,25 +213,25 @@ def stage_dataset(
         origin = origin or origin_of(base, bounded=leaders.size > 1, single=single)
         divisible = not whole and _is_divisible(origin, dataset, leaders)
         move = Move(dataset, place, looked, origin, leaders, plan_rounds(dataset.segment_count, haves, divisible=divisible))
-        digest = move.run(started_s)
     except HpcutilsError:
         store.give_up(place)
         cache.unpin(place)
         raise
-    totals = [sum(column) for column in zip(*leaders.gather(move.counts()), strict=True)]
-    seconds = time.monotonic() - started_s
-    outcome = Outcome(place.files, digest, dataset.size_bytes, totals[0], totals[1], seconds, leaders.size, totals[2])
-    if leaders.rank == 0:
-        LOGGER.info("%s", summary(dataset.name, outcome))
-    return outcome
+    return Coming(dataset, place, leaders, started_s, move, source=(base, single))
 
 
-def _already(dataset: Dataset, place: Place, started_s: float, leaders: Leaders) -> Outcome:
+def stage_dataset(dataset: Dataset, base: str, settings: Settings, leaders: Leaders) -> Outcome:
+    """Have `dataset` on every node; see `begin_dataset` and `Coming.finish`."""
+    return begin_dataset(dataset, base, settings, leaders).finish()
+
+
+def _already(dataset: Dataset, place: Place, started_s: float, leaders: Leaders) -> Coming:
     head = store.read_head(place.entry)
     if head is None:
         raise DataError(f"{place.entry} was removed while the job started", "submit it again")
     LOGGER.info("%s: on %s already", head.name, "this node" if leaders.size == 1 else f"all {leaders.size} nodes")
-    return Outcome(place.files, head.digest, head.size_bytes, 0, 0, time.monotonic() - started_s, leaders.size, 0)
+    outcome = Outcome(place.files, head.digest, head.size_bytes, 0, 0, time.monotonic() - started_s, leaders.size, 0)
+    return Coming(dataset, place, leaders, started_s, outcome=outcome)
 
 
 def summary(name: str, outcome: Outcome) -> str:
@@ -173,7 +250,7 @@ def _prepare(dataset: Dataset, place: Place, settings: Settings) -> tuple[Looked
         cache.pin(place)
         try:
             looked = look(dataset, place, verify=settings.verify, take=True)
-            plan = plan_dataset(dataset, place, looked, settings.quota_bytes)
+            plan = plan_dataset(dataset, place, _less(looked, settings), _left(settings))
             plan.require_room()
         except BaseException:
             store.give_up(place)
@@ -185,6 +262,16 @@ def _prepare(dataset: Dataset, place: Place, settings: Settings) -> tuple[Looked
         return looked, plan
 
 
+def _less(looked: Looked, settings: Settings) -> Looked:
+    """Return what was found, without the room that is promised to others."""
+    facts = looked.facts
+    return replace(looked, facts=replace(facts, free_bytes=facts.free_bytes - settings.promised_bytes))
+
+
+def _left(settings: Settings) -> int | None:
+    return None if settings.quota_bytes is None else settings.quota_bytes - settings.promised_bytes
+
+
 def _is_divisible(origin: Origin, dataset: Dataset, leaders: Leaders) -> bool:
     """Say whether each leader can read its part: a web server may know no ranges."""
     entry = dataset.entry
@@ -193,8 +280,8 @@ def _is_divisible(origin: Origin, dataset: Dataset, leaders: Leaders) -> bool:
     return leaders.gather(leaders.together(lambda: leaders.rank > 0 or origin.knows_ranges(entry.path, entry.size_bytes)))[0]
 
 
-def stage_manifest(path: Path, source: str | None, settings: Settings, leaders: Leaders) -> Outcome:
-    """Have the files of a manifest on every node.
+def begin_manifest(path: Path, source: str | None, settings: Settings, leaders: Leaders) -> Coming:
+    """Look for the files of a manifest on every node, and plan.
 
     Args:
         path: The manifest.
@@ -206,11 +293,19 @@ def stage_manifest(path: Path, source: str | None, settings: Settings, leaders: 
     keys = leaders.gather(dataset.key)
     if len(set(keys)) > 1:
         raise DataError(f"the nodes see different bytes of {path}", "it changed while the job started: submit it again")
-    return stage_dataset(dataset, source or str(path.parent), settings, leaders)
+    return begin_dataset(dataset, source or str(path.parent), settings, leaders)
 
 
-def stage_item(item: Item, settings: Settings, leaders: Leaders) -> Outcome:
-    """Have one file on every node. A file with a digest that all nodes have is not asked for at its source."""
+def stage_manifest(path: Path, source: str | None, settings: Settings, leaders: Leaders) -> Outcome:
+    """Have the files of a manifest on every node; see `begin_manifest`."""
+    return begin_manifest(path, source, settings, leaders).finish()
+
+
+def begin_item(item: Item, settings: Settings, leaders: Leaders) -> Coming:
+    """Look for one file on every node, and plan. A file with a digest that all nodes have is not asked for at its source.
+
+    A file whose length its server does not tell is moved at once.
+    """
     started_s = time.monotonic()
     if item.sha256 is not None:
         dataset = dataset_of_file(item.name, 0, item.sha256)
@@ -218,16 +313,28 @@ def stage_item(item: Item, settings: Settings, leaders: Leaders) -> Outcome:
         if None not in leaders.gather(leaders.together(lambda: _warm(place, settings.verify))):
             return _already(dataset, place, started_s, leaders)
     origin = origin_of(item.origin, bounded=leaders.size > 1, single=True)
-    with contextlib.closing(origin):
+    try:
         facts = leaders.together(lambda: facts_of(item, origin) if leaders.rank == 0 else (0, ""))
         size_bytes, identity = leaders.gather(facts)[0]
         if size_bytes is None:
+            origin.close()
             return _download_first(item, settings, leaders)
         dataset = dataset_of_file(item.name, size_bytes, item.sha256, identity, leaders.size)
-        return stage_dataset(dataset, item.origin, settings, leaders, single=True, origin=origin)
+        coming = begin_dataset(dataset, item.origin, settings, leaders, single=True, origin=origin)
+    except HpcutilsError:
+        origin.close()
+        raise
+    if coming.outcome is not None:
+        origin.close()
+    return coming
 
 
-def _download_first(item: Item, settings: Settings, leaders: Leaders) -> Outcome:
+def stage_item(item: Item, settings: Settings, leaders: Leaders) -> Outcome:
+    """Have one file on every node; see `begin_item`."""
+    return begin_item(item, settings, leaders).finish()
+
+
+def _download_first(item: Item, settings: Settings, leaders: Leaders) -> Coming:
     """Have a file whose server does not say how long it is: the first leader fetches it, and all go on from there."""
     # Trash from the beginning: when this process is killed, the next one sweeps it.
     folder = Place(settings.root, "stat", "download").temporary(store.TRASH)
@@ -241,7 +348,9 @@ def _download_first(item: Item, settings: Settings, leaders: Leaders) -> Outcome
     try:
         size_bytes = leaders.gather(leaders.together(get))[0]
         dataset = dataset_of_file(item.name, size_bytes, item.sha256, item.origin, leaders.size)
-        return stage_dataset(dataset, str(folder / item.name), settings, leaders, single=True, whole=True)
+        coming = begin_dataset(dataset, str(folder / item.name), settings, leaders, single=True, whole=True)
+        coming.finish()
+        return coming
     finally:
         fs.remove(folder)
 

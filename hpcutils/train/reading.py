@@ -68,7 +68,7 @@ def seats(ranks: Ranks) -> tuple[Seat, Seat | None]:
 
 
 def plan_reading(
-    x: HDF5Matrix, y: HDF5Matrix, order: Order, by_node: Seat | None, read: str, budget_bytes: int
+    x: HDF5Matrix, y: HDF5Matrix, order: Order, by_node: Seat | None, read: str, budget_bytes: int, *, arriving: bool = False
 ) -> tuple[ReadPlan, str | None]:
     """Choose how to read; return also why it is not what was asked for, if so.
 
@@ -79,11 +79,17 @@ def plan_reading(
         by_node: The seat where nodes own shards.
         read: `window`, `mpio` or `independent`, from train.yaml.
         budget_bytes: What the data may take of a node's memory.
+        arriving: The data is on its way to the node: what does not need all of it before the first step is better.
     """
     if read == "independent":
         return ReadPlan("independent", False, order, 0), None
-    if x.nbytes + y.nbytes <= budget_bytes:
-        return ReadPlan("memory", True, order, x.nbytes + y.nbytes), None
+    whole = x.nbytes + y.nbytes
+    if whole <= budget_bytes:
+        needed = window_bytes(order, x.row_bytes) + y.nbytes
+        if arriving and y.nbytes <= whole // 8 and needed < whole:
+            # Cut by count, as from memory: the same samples on each rank, and the same sums to the last bit.
+            return ReadPlan("window", True, order, needed), None
+        return ReadPlan("memory", True, order, whole), None
     owned = order
     if order.shuffle and by_node is not None and order.shards % by_node.nodes == 0:
         owned = replace(order, seat=by_node)
@@ -166,7 +172,9 @@ class WindowSource:
             self._labels.close()
 
 
-def open_source(x: HDF5Matrix, y: HDF5Matrix, order: Order, ranks: Ranks, read: str, epochs: int) -> tuple[Source, ReadPlan]:
+def open_source(
+    x: HDF5Matrix, y: HDF5Matrix, order: Order, ranks: Ranks, read: str, epochs: int, *, arriving: bool = False
+) -> tuple[Source, ReadPlan]:
     """Choose how to read x and y, agree on it with all ranks, and get ready.
 
     Args:
@@ -176,6 +184,7 @@ def open_source(x: HDF5Matrix, y: HDF5Matrix, order: Order, ranks: Ranks, read: 
         ranks: All ranks; all call this together.
         read: From train.yaml.
         epochs: Of the job.
+        arriving: The data is on its way to the nodes.
     """
     if len(x) != len(y):
         raise DataError(f"x has {len(x)} samples and y has {len(y)}", "both must come from the same split of the same data")
@@ -183,7 +192,7 @@ def open_source(x: HDF5Matrix, y: HDF5Matrix, order: Order, ranks: Ranks, read: 
     order = replace(order, seat=by_count)
     # Free memory changes while ranks look at it, and nodes differ: the least decides for all.
     budget = min(ranks.gather(int(free_memory_bytes() * MEMORY_SHARE)))
-    plan, short = plan_reading(x, y, order, by_node, read, budget)
+    plan, short = plan_reading(x, y, order, by_node, read, budget, arriving=arriving)
     if short is not None and ranks.world.rank == 0:
         LOGGER.warning("%s: each rank reads for itself, and chunks are decoded more than once", short)
     agree(plan, (x, y), ranks)

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from hpcutils import fs
 from hpcutils.data.order import Certificate, certificate_of
 from hpcutils.data.state import state_at
-from hpcutils.errors import DataError
+from hpcutils.errors import EXIT_REQUEUE, DataError
 from hpcutils.log import LOGGER
 from hpcutils.rundir import RunDirectory
 from hpcutils.specs.job import Job
+from hpcutils.train.arrivals import Arrivals
 from hpcutils.train.checkpoint import Progress, save_checkpoint
 from hpcutils.train.feed import Feed
 from hpcutils.train.ranks import Ranks
@@ -138,6 +139,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         validation: The held-out data, or `None`.
         data: What names the data, for checkpoints.
         progress: Where the run goes on.
+        arrivals: Data that is still on its way, or `None`.
     """
 
     def __init__(
@@ -151,11 +153,12 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         validation: Feed | None,
         data: str,
         progress: Progress,
+        arrivals: Arrivals | None = None,
     ) -> None:
         super().__init__()
         self.run, self.job, self.template, self.ranks = run, job, template, ranks
         self.training, self.validation = training, validation
-        self.data, self.progress = data, progress
+        self.data, self.progress, self.arrivals = data, progress, arrivals
         self.history: list[dict[str, Any]] = []
         per_call = steps_per_call(training, *([validation] if validation is not None else []))
         self._train = Tally(model, model.train_step, training, ranks, per_call)
@@ -173,9 +176,18 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         self._started = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._look_at_arrivals(self._train.runner.called)
         self._calls += 1
         if self._calls == self._next_look:
             self._look_for_stop()
+
+    def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._look_at_arrivals(0)
+
+    def _look_at_arrivals(self, steps: int) -> None:
+        """End the job with what ended the staging of its data, if anything did."""
+        if self.arrivals is not None:
+            self.arrivals.look(steps)
 
     def _look_for_stop(self) -> None:
         """Stop in the middle of a long epoch when that is asked for. Rank 0 looks, and says when to look again."""
@@ -225,6 +237,8 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
             # Before the first rank goes: srun ends the others then, this one perhaps among them.
             fs.write_text(self.run.stopped, f"{when}\n")
         self.ranks.barrier()
+        if self.arrivals is not None and self.arrivals.is_open:
+            self.arrivals.leave(EXIT_REQUEUE)
         raise StoppedToGoOn()
 
     def _finish_training(self) -> None:

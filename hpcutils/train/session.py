@@ -28,6 +28,7 @@ from hpcutils.models.summary import print_summary
 from hpcutils.rundir import RunDirectory
 from hpcutils.specs.job import Job
 from hpcutils.staging.stage import Staged
+from hpcutils.train.arrivals import Arrivals
 from hpcutils.train.checkpoint import restore, save_model
 from hpcutils.train.distribute import Reducer, connect, distribute_optimizer
 from hpcutils.train.feed import Feed
@@ -42,16 +43,16 @@ Normalizer = Callable[[Any], Any]
 MOST_LABEL_BYTES = 4096
 
 
-def run(job: Job, run: RunDirectory, ranks: Ranks, staged: dict[str, Staged], device_names: list[str]) -> dict[str, Any]:
+def run(job: Job, run: RunDirectory, ranks: Ranks, arrivals: Arrivals, device_names: list[str]) -> dict[str, Any]:
     """Train; every rank returns the same outcome."""
     keras.utils.set_random_seed(job.training.seed)
     reducer = connect(ranks)
-    with open_data(job, run, ranks, staged) as (training, validation), custom_objects(job, run.code):
+    with open_data(job, run, ranks, arrivals) as (training, validation), custom_objects(job, run.code):
         template = build_model(job, run.code)
         model, optimizer = prepare_model(template, job, device_names, reducer)
         # A shared file system may show a checkpoint to some ranks sooner than to others: rank 0's counts.
         progress = ranks.broadcast(restore(template, optimizer, run))
-        data = name_data(job, staged)
+        data = name_data(job, arrivals.staged)
         first_step = progress.state.resume(training.order, data) if progress.state is not None else 0
         share_state(template, optimizer, reducer, ranks.world.rank)
         kept = forget_epochs(run, progress.epochs) if ranks.world.rank == 0 else []
@@ -59,11 +60,13 @@ def run(job: Job, run: RunDirectory, ranks: Ranks, staged: dict[str, Staged], de
             describe(template, run)
             announce(job, ranks, len(device_names), reducer)
 
-        recorder = Recorder(run, job, model, template, ranks, training, validation, data, progress)
+        recorder = Recorder(run, job, model, template, ranks, training, validation, data, progress, arrivals)
         if first_step:
             LOGGER.info("going on with step %d of epoch %d", first_step + 1, progress.epochs + 1)
             fit(model, training, validation, range(progress.epochs, progress.epochs + 1), recorder, first_step)
         fit(model, training, validation, range(progress.epochs + bool(first_step), job.training.epochs), recorder)
+        # What was trained on must be proved before anything is called a result.
+        arrivals.finish()
         digests = ranks.gather(digest := weights_digest(template))
         LOGGER.info("weights sha256 %s", digest)
         if ranks.world.rank == 0:
@@ -114,15 +117,15 @@ def custom_objects(job: Job, code: Path) -> Iterator[None]:
 
 
 @contextmanager
-def open_data(job: Job, run: RunDirectory, ranks: Ranks, staged: dict[str, Staged]) -> Iterator[tuple[Feed, Feed | None]]:
+def open_data(job: Job, run: RunDirectory, ranks: Ranks, arrivals: Arrivals) -> Iterator[tuple[Feed, Feed | None]]:
     """Yield this rank's training and held-out data; all ranks agree on both before the first step."""
     normalizer = load_function(job.data.normalizer, run.code) if job.data.normalizer is not None else None
     feeds: list[Feed] = []
 
     def opened(name: str, part: tuple[int, int | None], shuffle: bool) -> Feed:
-        x, y = (ranks.together(lambda ref=ref: _open(job, staged, ref, part)) for ref in (job.data.x, job.data.y))  # type: ignore[misc]
+        x, y = (ranks.together(lambda ref=ref: _open(job, arrivals, ref, part)) for ref in (job.data.x, job.data.y))  # type: ignore[misc]
         order = Order(layout_of(x), job.training.batch_size, seed=job.training.seed, shuffle=shuffle)
-        source, plan = open_source(x, y, order, ranks, job.data.read, job.training.epochs)
+        source, plan = open_source(x, y, order, ranks, job.data.read, job.training.epochs, arriving=arrivals.is_open)
         if ranks.world.rank == 0:
             LOGGER.info("%s: %d samples, %d steps of %d, read: %s", name, len(x), order.steps, order.batch_size, plan)
             look_at_mixing(order, y)
@@ -151,10 +154,12 @@ def look_at_mixing(order: Order, labels: HDF5Matrix) -> None:
         )
 
 
-def _open(job: Job, staged: dict[str, Staged], reference: str, part: tuple[int, int | None]) -> HDF5Matrix:
-    file, dataset = job.data.locate(reference)
-    start, end = part
-    return HDF5Matrix(str(staged[file].path), dataset, start, end)
+def _open(job: Job, arrivals: Arrivals, reference: str, part: tuple[int, int | None]) -> HDF5Matrix:
+    name, dataset = job.data.locate(reference)
+    path, source, (start, end) = str(arrivals.staged[name].path), arrivals.sources.get(name), part
+    if source is None:
+        return HDF5Matrix(path, dataset, start, end)
+    return HDF5Matrix.arriving(source, path, dataset, start, end)
 
 
 def build_model(job: Job, code: Path) -> Any:

@@ -48,6 +48,7 @@ class StepRunner:
 
     Attributes:
         done: Steps of this pass, those before its first included.
+        called: Steps of the last call.
         wait_s: Seconds of this pass in which no step ran since its batch was not ready.
     """
 
@@ -72,7 +73,7 @@ class StepRunner:
                 step(tuple(stack[number] for stack in stacks))
 
         self._run = run
-        self.done, self.wait_s = 0, 0.0
+        self.done, self.called, self.wait_s = 0, 0, 0.0
 
     def begin(self, first_step: int = 0) -> None:
         """Start a pass, with its first step or a later one; its data has begun."""
@@ -91,7 +92,8 @@ class StepRunner:
             self.wait_s += time.perf_counter() - asked
             self._run(*stacks)
             self.done += count
-        self._after(sum(call))
+        self.called = sum(call)
+        self._after(self.called)
         return {}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
@@ -19,6 +20,8 @@ from .hosts import Host
 from .process import SYSTEM_ENVIRONMENT, write_text
 
 LOCK_TIMEOUT_S = 120.0
+# What Slurm's PMIx plugin loads by this very name, and Debian ships with the headers.
+PMIX_LIBRARY, PMIX_PACKAGE = "libpmix.so", "libpmix-dev"
 PACKAGES = {
     "slurmctld": "slurm-wlm",
     "slurmd": "slurm-wlm",
@@ -36,6 +39,10 @@ def check_machine() -> None:
     if missing:
         packages = " ".join(sorted({PACKAGES[program] for program in missing}))
         raise SandboxError(f"programs are missing: {', '.join(missing)}", f"PATH={path}", f"apt-get install {packages}")
+    try:
+        ctypes.CDLL(PMIX_LIBRARY)
+    except OSError as exc:
+        raise SandboxError("Slurm cannot load PMIx: no MPI job would start", str(exc), f"apt-get install {PMIX_PACKAGE}") from exc
 
 
 @contextlib.contextmanager

@@ -269,6 +269,11 @@ def _target(link: Path) -> str:
         return ""
 
 
+def scraps_of_pip() -> set[Path]:
+    """Return what the user's pip left in the machine's /tmp; other people's pip is none of ours."""
+    return {path for path in Path("/tmp").glob("pip-*") if path.stat().st_uid == pwd.getpwnam(USER).pw_uid}
+
+
 @pytest.mark.parametrize("layer", ["base", "environment", "code"])
 def test_a_build_that_is_ended_leaves_the_old_image_and_nothing_else(built: dict[str, Any], home: Path, layer: str) -> None:
     cache = Path(built["path"]).parents[1]
@@ -283,7 +288,7 @@ def test_a_build_that_is_ended_leaves_the_old_image_and_nothing_else(built: dict
     for name in {"base": (), "environment": ("bases",), "code": ("bases", "layers")}[layer]:
         shutil.copytree(cache / name, home / "cache" / name, copy_function=os.link)
     own(home)
-    before, scraps = tree(home), set(Path("/tmp").glob("pip-*"))
+    before, scraps = tree(home), scraps_of_pip()
     process = subprocess.Popen(
         [str(SANDBOX), "user", "--", "env", *(f"{key}={value}" for key, value in variables.items()), "hpcutils", "build", NAME],
         stderr=subprocess.PIPE,
@@ -302,7 +307,7 @@ def test_a_build_that_is_ended_leaves_the_old_image_and_nothing_else(built: dict
     assert tree(home) == before
     assert processes_of_builds(home) == ""
     # The build has a /tmp of its own: nothing of it is in the machine's.
-    assert set(Path("/tmp").glob("pip-*")) == scraps
+    assert scraps_of_pip() <= scraps
 
 
 def test_a_wrong_hash_fails_the_build_and_shows_no_address(built: dict[str, Any], home: Path) -> None:

@@ -148,6 +148,17 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.hint == "apt-get install iproute2 slurm-wlm"
 
 
+def test_a_slurm_that_could_start_no_mpi_job_is_told_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(CHECKOUT / "slurm"))
+    from cluster import errors, lifecycle
+
+    lifecycle.check_machine()
+    monkeypatch.setattr(lifecycle, "PMIX_LIBRARY", "libpmix-that-is-not-there.so")
+    with pytest.raises(errors.SandboxError, match="PMIx") as caught:
+        lifecycle.check_machine()
+    assert caught.value.hint == "apt-get install libpmix-dev"
+
+
 def test_each_host_has_its_own_local_folders_and_shares_home(box: Sandbox, folder: Path) -> None:
     places = ["/tmp", "/tmp/scratch", "/var/tmp", "/dev/shm"]
     box.run("for d in " + " ".join(places) + "; do touch $d/mine; done; touch " + f"{folder}/ours", "--node", "node1")

@@ -90,7 +90,7 @@ def test_a_file_cut_short(tmp_path):
     matrix = HDF5Matrix(path, "data")
     reader = matrix._open().reader
     os.truncate(path, 50_000)
-    with pytest.raises(DataError, match="the file ends before row 3999"):
+    with pytest.raises(DataError, match="row 3999: the file ends"):
         reader.read(np.array([3999, 1]))
     with pytest.raises(DataError, match="not a readable HDF5 file"):
         matrix[3999]

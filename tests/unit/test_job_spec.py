@@ -282,3 +282,37 @@ def test_gpus_that_do_not_fit(given):
         gpus_per_node(Resources(**given))
     assert "--gpus" in caught.value.message
     assert caught.value.hint
+
+
+SHA = "ab" * 32
+
+
+@pytest.mark.parametrize(
+    "file, more, said",
+    [
+        (f"{{path: data.h5, sha256: {SHA}}}", "  read: mpio\n", "'overlap' does not go with 'read: mpio'"),
+        (f"{{path: data.h5, sha256: {SHA}, extract: a.h5}}", "", "'overlap' does not go with 'extract': a.h5"),
+        ("{path: data.h5}", "", "data.h5 has no 'sha256', and there is no 'staging.manifest'"),
+    ],
+)
+def test_what_does_not_go_with_overlap(folder, file, more, said):
+    text = GOOD.replace("\n    - path: data.h5", f" [{file}]").replace("  y: labels\n", f"  y: labels\n{more}  stage: overlap\n")
+    place = f"train.yaml:{6 + more.count(chr(10))}:10: data.stage: "
+    message = failure(folder, text)
+    assert message.startswith(place)
+    assert said in message
+    assert load(folder, text.replace("overlap", "before")).data.stage == "before"
+
+
+def test_overlap_with_a_digest_or_a_manifest(folder):
+    text = GOOD.replace("  y: labels\n", "  y: labels\n  stage: overlap\n")
+    (folder / "m.jsonl").write_text("")
+    for good in (text + "staging: {manifest: m.jsonl}\n", text.replace("path: data.h5", f"path: data.h5\n      sha256: {SHA}")):
+        job = load(folder, good)
+        assert job.data.stage == "overlap"
+        assert read_job(job.model_dump_json()) == job
+
+
+def test_a_stage_that_is_none(folder):
+    said = failure(folder, GOOD.replace("  y: labels\n", "  y: labels\n  stage: never\n"))
+    assert said == "train.yaml:7:10: data.stage: 'before' or 'overlap' was expected, got 'never'"

@@ -7,7 +7,7 @@ import pytest
 from hpcutils.data.hdf5 import HDF5Matrix
 from hpcutils.data.order import Certificate, Order, Seat, certificate_of
 from hpcutils.data.shards import POOL_BYTES, Layout
-from hpcutils.data.windows import layout_of
+from hpcutils.data.windows import layout_of, window_bytes
 from hpcutils.errors import DataError
 from hpcutils.train.feed import Feed
 from hpcutils.train.ranks import Ranks
@@ -60,6 +60,19 @@ def test_nodes_own_shards_where_windows_are_read():
     assert (plan.mode, plan.order.seat, plan.y_in_memory, short) == ("window", Seat(2, 1, 2, 1), True, None)
     by_seven = Seat(7, 1, 2, 1)
     assert plan_reading(_Sized(12288 * 10**6), _Sized(8), large, by_seven, "window", 4 * POOL_BYTES)[0].order.seat == large.seat
+
+
+def test_data_that_arrives_is_read_in_windows_where_they_need_less():
+    large = Order(Layout(10**6, 64, 0, 12288), 256, Seat(ranks=4, rank=3))
+    x, y = _Sized(12288 * 10**6), _Sized(8 * 10**6)
+    plan, short = plan_reading(x, y, large, Seat(2, 1, 2, 1), "window", 1 << 40, arriving=True)
+    # Cut by count, as it would be from memory: each rank takes the same samples.
+    assert (plan.mode, plan.order.seat, plan.y_in_memory, short) == ("window", large.seat, True, None)
+    assert plan_reading(x, y, large, Seat(2, 1, 2, 1), "window", 1 << 40)[0].mode == "memory"
+    small, few, labels = Order(Layout(1000, 64, 0, 12288), 256), _Sized(12288 * 1000), _Sized(8 * 1000)
+    few.row_bytes = 12288
+    assert window_bytes(small, 12288) >= few.nbytes
+    assert plan_reading(few, labels, small, None, "window", 1 << 40, arriving=True)[0].mode == "memory"
 
 
 class _Sized:

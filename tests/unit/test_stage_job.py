@@ -15,7 +15,7 @@ from hpcutils.specs.job import load_job
 from hpcutils.staging import cache, store
 from hpcutils.staging.leaders import Leaders
 from hpcutils.staging.manifest import find_files, write_manifest
-from hpcutils.train.main import _stage
+from hpcutils.train.stager import Found, stage
 
 BODIES = {"sets/train.h5": os.urandom(5000), "sets/more/readme": b"read me\n", "labels.h5": os.urandom(300)}
 
@@ -37,8 +37,9 @@ def staged(folder: Path, files: str, x: str, staging: str = "{}"):
         f"name: x\ndata: {{files: {files}, x: '{x}:a', y: '{x}:b'}}\nmodel: {{function: model.py:build}}\n"
         f"training: {{epochs: 1, batch_size: 1, loss: mse}}\nstaging: {staging}\n"
     )
-    found, outcomes = _stage(load_job(folder / "train.yaml"), folder, Leaders())
-    return {name: file.path.read_bytes() for name, file in found.items()}, [outcome.size_bytes for outcome in outcomes]
+    stage(load_job(folder / "train.yaml"), folder, Leaders(), found := Found())
+    sizes = [coming.outcome.size_bytes for coming in found.comings]
+    return {name: file.path.read_bytes() for name, file in found.staged.items()}, sizes
 
 
 def test_a_manifest_and_a_file_beside_it(folder):
