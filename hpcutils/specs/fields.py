@@ -52,8 +52,10 @@ def base_folder(info: ValidationInfo) -> Path | None:
     return (info.context or {}).get("base")
 
 
-def check_file(value: str, info: ValidationInfo, remark: str = "looked in the folder of the job file") -> str:
-    """Check that a path, relative to the job's folder, is a file.
+def check_file(
+    value: str, info: ValidationInfo, remark: str = "looked in the folder of the job file", may_be_missing: bool = False
+) -> str:
+    """Check that a path, relative to the job's folder, is a file, or one that can be made.
 
     Raises:
         ValueError: It is none, or no name that a file can have.
@@ -63,7 +65,7 @@ def check_file(value: str, info: ValidationInfo, remark: str = "looked in the fo
         missing = base is not None and not (base / value).is_file()
     except OSError as exc:
         raise ValueError(f"not a path: {exc.strerror}") from exc
-    if missing:
+    if missing and not may_be_missing:
         raise ValueError(f"no such file: {value} ({remark})")
     return value
 

@@ -61,9 +61,8 @@ class DataFile(Model):
     @field_validator("path")
     @classmethod
     def _exists(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is None or (info.context or {}).get("data_is_made", False):
-            return value
-        return check_file(value, info)
+        made = bool((info.context or {}).get("data_is_made", False))
+        return None if value is None else check_file(value, info, may_be_missing=made)
 
     @classmethod
     def contradictions(cls, given: Mapping[str, Any]) -> Iterator[Contradiction]:

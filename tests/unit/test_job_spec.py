@@ -172,8 +172,10 @@ def test_syntax_errors_have_a_hint(folder, text, place):
 
 
 @pytest.mark.parametrize("old", ["data.h5", "model.py"])
-def test_a_path_that_no_file_can_have(folder, old):
-    message = failure(folder, GOOD.replace(old, "x" * 5000 + ".py"))
+@pytest.mark.parametrize("made", ["", "  make: model.py\n"])
+def test_a_path_that_no_file_can_have(folder, old, made):
+    text = GOOD.replace("  x: images\n", f"{made}  x: images\n")
+    message = failure(folder, text.replace(old, "x" * 5000 + ".py", 1))
     assert "not a path: File name too long" in message
 
 
