@@ -12,7 +12,8 @@
     ├── WorldError             10   the ranks do not agree on who they are
     ├── DeviceError            11   the devices that were asked for are not there (also a ValueError)
     ├── MissingPartError       12   a program or package that this step needs is not installed
-    └── ArchiveError           13   an archive is damaged or tries to write outside its folder
+    ├── ArchiveError           13   an archive is damaged or tries to write outside its folder
+    └── InterruptError        130   Ctrl-C or SIGTERM ended the command; the message says what became of the job
 
 75 (EX_TEMPFAIL) is kept for a job that stopped at a checkpoint and wants to be run again.
 A test holds `docs/reference/exit-codes.md` to this table.
@@ -116,6 +117,12 @@ class ArchiveError(DataError):
     """An archive is damaged, too large, or tries to write outside its folder."""
 
     exit_code = 13
+
+
+class InterruptError(HpcutilsError):
+    """Ctrl-C or SIGTERM ended the command."""
+
+    exit_code = 130
 
 
 def tree(root: type[HpcutilsError] = HpcutilsError) -> list[type[HpcutilsError]]:

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import subprocess
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from hpcutils.errors import HpcutilsError, MissingPartError
 
 # How much of a failed program's output an error message shows.
 SHOWN_LINES = 30
+# How often a caller is asked whether a program is still waited for.
+ASK_S = 0.1
 # How long a program may take to clean up after SIGTERM before it is killed.
 GRACE_S = 15.0
 
@@ -37,6 +40,7 @@ def run(
     cwd: Path | None = None,
     input: str | None = None,
     timeout_s: float | None = None,
+    give_up: Callable[[], bool] | None = None,
     check: bool = True,
     error: type[HpcutilsError] = HpcutilsError,
     hint: str | None = None,
@@ -51,6 +55,7 @@ def run(
         cwd: Its folder.
         input: Text for its standard input; `None` gives it an empty one.
         timeout_s: Seconds until it is ended.
+        give_up: Asked ten times a second; when it says yes, the program is ended as if its time were over.
         check: Whether an exit code other than 0 is an error.
         error: Class of that error, and of a timeout.
         hint: Hint of that error.
@@ -66,13 +71,30 @@ def run(
         )  # fmt: skip
     with _ending(process):
         try:
-            stdout, stderr = process.communicate(input or "", timeout=timeout_s)
+            stdout, stderr = _communicate(process, input or "", timeout_s, give_up)
         except subprocess.TimeoutExpired as exc:
-            raise error(f"no answer from '{shlex.join(argv)}' within {timeout_s:g} s", hint) from exc
+            raise error(f"no answer from '{shlex.join(argv)}' within {exc.timeout:g} s", hint) from exc
     completed = Completed(tuple(argv), process.returncode, stdout, stderr)
     if check and process.returncode != 0:
         raise error(failure(argv, process.returncode, (stderr or stdout).splitlines()), hint)
     return completed
+
+
+def _communicate(
+    process: subprocess.Popen[str], text: str, timeout_s: float | None, give_up: Callable[[], bool] | None
+) -> tuple[str, str]:
+    if give_up is None:
+        return process.communicate(text, timeout=timeout_s)
+    started = time.monotonic()
+    while True:
+        try:
+            return process.communicate(text, timeout=ASK_S)
+        except subprocess.TimeoutExpired as exc:
+            text, waited_s = "", time.monotonic() - started  # what was begun to be written is not handed over twice
+            if give_up():
+                raise subprocess.TimeoutExpired(exc.cmd, waited_s) from exc
+            if timeout_s is not None and waited_s > timeout_s:
+                raise subprocess.TimeoutExpired(exc.cmd, timeout_s) from exc
 
 
 def stream(

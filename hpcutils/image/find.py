@@ -61,7 +61,8 @@ def find_image(name: str, environ: Mapping[str, str] | None = None, published: M
     """
     is_path = "/" in name or name.endswith((".sif", ".oci.tar"))
     path = Path(name).expanduser() if is_path else (published or {}).get(name) or images_folder(environ) / f"{name}.sif"
-    if not path.is_file():
+    # Not `path.is_file()`: that one raises for a name longer than any file's.
+    if not os.path.isfile(path):  # noqa: PTH113
         hint = "give the path of a SIF, or a name that was built" if is_path else f"hpcutils build {name}"
         raise ImageError(f"no such image: {path}", "tell whoever keeps the site's images" if name in (published or {}) else hint)
     real = path.resolve()

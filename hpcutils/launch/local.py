@@ -11,8 +11,8 @@ from typing import Any
 from hpcutils import shell
 from hpcutils.errors import JobFailedError, MissingPartError, RequestError, by_exit_code
 from hpcutils.launch.request import Layout
-from hpcutils.launch.runs import prepare
-from hpcutils.rundir import RunDirectory, new_run_id, read_json
+from hpcutils.launch.runs import claim, prepare
+from hpcutils.rundir import RunDirectory, read_json
 from hpcutils.specs.job import Job
 
 # Ranks of one machine: shared memory and loopback, more ranks than cores allowed. The names differ between Open MPI 4 and 5.
@@ -47,7 +47,7 @@ def run_local(job: Job, job_folder: Path, runs: Path, ranks: int) -> dict[str, A
     Raises:
         HpcutilsError: Of the class that the failing rank's exit code names.
     """
-    run = RunDirectory(runs / new_run_id(job.name))
+    run = claim(runs, job.name).run
     layout = Layout(1, ranks, (job.resources.gpus or ranks) // ranks)
     prepare(run, job, job_folder, layout, None)
     if ranks == 1:

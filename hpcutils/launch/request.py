@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from hpcutils.errors import EXIT_REQUEUE, JobFailedError, RequestError
 from hpcutils.image.exec_line import MPI_ENVIRONMENT, bind, exec_argv
 from hpcutils.rundir import RunDirectory
-from hpcutils.specs.job import Job, gpus_per_node, parse_time_s
+from hpcutils.specs.job import Job
+from hpcutils.specs.resources import gpus_per_node, parse_time_s
 from hpcutils.specs.site import Site
 
 MAX_RESTARTS = 3
@@ -107,8 +109,7 @@ def plan_python(
         variables = {**MPI_ENVIRONMENT, **env}
         return ("env", *(f"{name}={value}" for name, value in variables.items()), sys.executable)
     runs = run.path.parent
-    data = {(job_folder / file.path).resolve().parent for file in job.data.files if file.path is not None}
-    data |= _staging_folders(job, job_folder)
+    data = _data_folders(job, job_folder) | _staging_folders(job, job_folder)
     binds = [*site.container.binds, *map(bind, _named_folders(job, site)), bind(runs)]
     binds += [bind(folder, read_only=True) for folder in sorted(data - {runs})]
     gpu = job.resources.devices == "gpu"
@@ -163,11 +164,28 @@ def _named_folders(job: Job, site: Site) -> list[str]:
     return list(dict.fromkeys(str(Path(folder).absolute()) for folder in folders))
 
 
+def _data_folders(job: Job, job_folder: Path) -> set[Path]:
+    """Return the folders of the data files on a file system, by path or by `file:` URL."""
+    by_path = {(job_folder / file.path).resolve().parent for file in job.data.files if file.path is not None}
+    by_url = {path for file in job.data.files if file.url is not None and (path := path_of_url(file.url)) is not None}
+    # Opened by the name in the URL: where that is a link, both ends must be there.
+    return by_path | {path.parent for path in by_url} | {path.resolve().parent for path in by_url}
+
+
+def path_of_url(url: str) -> Path | None:
+    """Return the path that a `file:` URL names; `None` for any other URL."""
+    parts = urlsplit(url)
+    return Path(unquote(parts.path)) if parts.scheme == "file" else None
+
+
 def _staging_folders(job: Job, job_folder: Path) -> set[Path]:
     """Return the folders of the job's manifest and of what it lists."""
     manifest, source = job.staging.manifest, job.staging.source
     folders = {(job_folder / manifest).resolve().parent} if manifest is not None else set()
-    return folders | ({(job_folder / source).resolve()} if source is not None and "://" not in source else set())
+    if source is None:
+        return folders
+    local = path_of_url(source) if "://" in source else (job_folder / source).resolve()
+    return folders if local is None else folders | {local}
 
 
 def _parameters(job: Job, run: RunDirectory, layout: Layout, site: Site, folders: list[str], image: Path | None) -> dict[str, Any]:
@@ -214,13 +232,14 @@ def _setup_lines(run: RunDirectory) -> list[str]:
 
     bash runs a trap only between commands, or while it waits: so srun goes to the background and the shell waits for it.
     """
-    logs, stop, stopped, failure = (shlex.quote(str(path)) for path in (run.logs, run.stop, run.stopped, run.failure))
+    logs, stop = shlex.quote(str(run.logs)), shlex.quote(str(run.stop))
+    stale = shlex.join(str(path) for path in (run.stop, run.stopped, run.failure, run.result, run.exit_code))
     return [
         f'mkdir -p {logs}/"restart-${{SLURM_RESTART_COUNT:-0}}"',
         f'ln -sfn "restart-${{SLURM_RESTART_COUNT:-0}}" {logs}/current',
         # What an earlier start left: it must not speak for this one.
-        f"rm -f {stop} {stopped} {failure}",
-        f"trap 'touch {stop}' USR2",
+        f"rm -f {stale}",
+        f"trap {shlex.quote(f'touch {stop}')} USR2",
         "srun() {",
         '  command srun "$@" &',
         '  while kill -0 "$!" 2>/dev/null; do wait "$!"; done',

@@ -9,11 +9,9 @@ from pathlib import Path
 
 from hpcutils.errors import RequestError
 from hpcutils.hashing import digest_file
+from hpcutils.specs.code import is_code, is_code_folder
 
-LARGEST_FILE_BYTES = 1 << 20
 LARGEST_TOTAL_BYTES = 64 << 20
-SKIPPED = {"__pycache__", "runs", "node_modules"}
-SUFFIXES = {".py", ".yaml", ".yml", ".toml", ".json", ".txt", ".md", ".cfg", ".ini", ".csv"}
 
 
 def code_files(folder: Path) -> list[Path]:
@@ -25,10 +23,8 @@ def code_files(folder: Path) -> list[Path]:
     found, total = [], 0
     for parent, folders, names in os.walk(folder):
         # In place: os.walk then leaves them out.
-        folders[:] = sorted(name for name in folders if name not in SKIPPED and not name.startswith("."))
-        for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
-            if path.suffix not in SUFFIXES or not path.is_file() or path.stat().st_size > LARGEST_FILE_BYTES:
-                continue
+        folders[:] = sorted(filter(is_code_folder, folders))
+        for path in filter(is_code, (Path(parent, name) for name in sorted(names))):
             found.append(path)
             total += path.stat().st_size
             if total > LARGEST_TOTAL_BYTES:

@@ -1,39 +1,17 @@
-"""The data files of a job, and what all models of `train.yaml` share: frozen, closed, functions by `file.py:function`."""
+"""The data files of a job, and which of their samples train."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
+from pydantic import ValidationInfo, field_validator
 
 from hpcutils.hashing import DIGEST_LENGTHS
-
-FUNCTION_PATTERN = r"^(?P<file>[^:]+\.py):(?P<function>[A-Za-z_]\w*)$"
-
-
-class Model(BaseModel):
-    """Common settings: frozen, closed, strict enough that `"3"` is not a number."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-def base_folder(info: ValidationInfo) -> Path | None:
-    """Return the folder that relative paths start from; `None` when a resolved job is read back."""
-    return (info.context or {}).get("base")
-
-
-def check_function(value: str, info: ValidationInfo) -> str:
-    """Check `file.py:function`: its form, and that the file is there."""
-    match = re.match(FUNCTION_PATTERN, value)
-    if match is None:
-        raise ValueError(f"'file.py:function' was expected, got {value!r}")
-    base = base_folder(info)
-    if base is not None and not (base / match["file"]).is_file():
-        raise ValueError(f"no such file: {match['file']} (looked in the folder of the job file)")
-    return value
+from hpcutils.specs.fields import Contradiction, Model, check_file
 
 
 class DataFile(Model):
@@ -72,29 +50,59 @@ class DataFile(Model):
     @field_validator("path")
     @classmethod
     def _exists(cls, value: str | None, info: ValidationInfo) -> str | None:
-        base = base_folder(info)
-        made = (info.context or {}).get("data_is_made", False)
-        if value is not None and base is not None and not made and not (base / value).is_file():
-            raise ValueError(f"no such file: {value} (looked in the folder of the job file)")
-        return value
+        made = bool((info.context or {}).get("data_is_made", False))
+        return None if value is None else check_file(value, info, may_be_missing=made)
 
-    @model_validator(mode="after")
-    def _one_source(self) -> DataFile:
-        if (self.path is None) == (self.url is None):
-            raise ValueError("give either 'path' or 'url'")
-        if self.url is not None and self.sha256 is None:
-            raise ValueError("a file by URL needs its 'sha256'")
-        return self
+    @classmethod
+    def contradictions(cls, given: Mapping[str, Any]) -> Iterator[Contradiction]:
+        """A file has one source, and one by URL its digest."""
+        if (given.get("path") is None) == (given.get("url") is None):
+            yield (), "give either 'path' or 'url'"
+        if given.get("url") is not None and given.get("sha256") is None:
+            yield (), "a file by URL needs its 'sha256'"
 
     @property
     def stored_name(self) -> str:
         """The name of what is staged, without its folders: an archive's where a member of one is used."""
-        return Path(self.path if self.path is not None else urlsplit(self.url or "").path).name
+        return stored_name(self.path, self.url)
 
     @property
     def name(self) -> str:
         """The data file's own name, without its folders."""
         return Path(self.extract).name if self.extract is not None else self.stored_name
+
+
+def stored_name(path: str | None, url: str | None) -> str:
+    """Return the name, without folders, of a file by path or by URL."""
+    return Path(path if path is not None else urlsplit(url or "").path).name
+
+
+def written_names(files: Any) -> list[str]:
+    """Return the names of `data.files` as they were written, whatever else is wrong with them."""
+    names = []
+    for file in files if isinstance(files, list | tuple) else ():
+        written = {key: value for key, value in file.items() if isinstance(value, str)} if isinstance(file, Mapping) else {}
+        try:
+            names.append(Path(written.get("extract") or stored_name(written.get("path"), written.get("url"))).name)
+        except ValueError:
+            continue  # a URL that is none: reported where it stands
+    return [name for name in names if name]
+
+
+def has_manifest(info: ValidationInfo) -> bool:
+    """Return whether a file without a sha256 may be listed in a manifest; when a resolved job is read back, that was checked."""
+    return bool((info.context or {}).get("has_manifest", True))
+
+
+def check_overlap(files: tuple[DataFile, ...], read: str, has_manifest: bool) -> None:
+    """Raise `ValueError` where training cannot start before the data is there."""
+    if read == "mpio":
+        raise ValueError("'overlap' does not go with 'read: mpio': MPI-IO reads files that are there")
+    for file in files:
+        if file.extract is not None:
+            raise ValueError(f"'overlap' does not go with 'extract': {file.name} is there when all of its archive is")
+        if file.sha256 is None and not has_manifest:
+            raise ValueError(f"'overlap' must know what arrives: {file.name} has no 'sha256', and there is no 'staging.manifest'")
 
 
 class Split(Model):
@@ -114,19 +122,3 @@ class Split(Model):
         if not isinstance(start, int) or start < 0 or not (end is None or (isinstance(end, int) and end > start)):
             raise ValueError(f"[start, end] with 0 <= start < end was expected, got {value!r}")
         return tuple(value)
-
-
-def has_manifest(info: ValidationInfo) -> bool:
-    """Return whether a file without a sha256 may be listed in a manifest; when a resolved job is read back, that was checked."""
-    return bool((info.context or {}).get("has_manifest", True))
-
-
-def check_overlap(files: tuple[DataFile, ...], read: str, has_manifest: bool) -> None:
-    """Raise `ValueError` where training cannot start before the data is there."""
-    if read == "mpio":
-        raise ValueError("'overlap' does not go with 'read: mpio': MPI-IO reads files that are there")
-    for file in files:
-        if file.extract is not None:
-            raise ValueError(f"'overlap' does not go with 'extract': {file.name} is there when all of its archive is")
-        if file.sha256 is None and not has_manifest:
-            raise ValueError(f"'overlap' must know what arrives: {file.name} has no 'sha256', and there is no 'staging.manifest'")

@@ -6,37 +6,38 @@ that is wrong at once, each with its line and column.
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
-from hpcutils.errors import RequestError
-from hpcutils.specs.files import DataFile, Model, Split, base_folder, check_function, check_overlap, has_manifest
-from hpcutils.specs.source import Location, Problem, read_yaml
+from hpcutils.specs.fields import Contradiction, Model, check_file, check_function
+from hpcutils.specs.files import DataFile, Split, check_overlap, has_manifest, written_names
+from hpcutils.specs.findings import problems_of
+from hpcutils.specs.resources import Resources, layout_problem
+from hpcutils.specs.source import Location, Problem, Source
+from hpcutils.specs.yaml_file import read_yaml
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-TIME_PATTERN = re.compile(r"^(?:(?P<days>\d+)-)?(?:(?P<a>\d+):)?(?P<b>\d{1,2}):(?P<c>\d{2})$")
+Function = Annotated[str, AfterValidator(check_function)]
 
 
 class Data(Model):
     """Where the samples are and which of them train: datasets of HDF5 files, or batches that the user's own code makes."""
 
-    sequence: str | None = None
+    sequence: Function | None = None
     files: Annotated[tuple[DataFile, ...], Field(validate_default=True)] = ()
     x: Annotated[str | None, Field(validate_default=True)] = None
     y: Annotated[str | None, Field(validate_default=True)] = None
     split: Split = Split()
-    normalizer: str | None = None
+    normalizer: Function | None = None
     classes: Annotated[int, Field(ge=2)] | None = None
     read: Literal["window", "mpio", "independent"] = "window"
     stage: Literal["before", "overlap"] = "before"
     make: str | None = None
     args: dict[str, Any] = Field(default={})
-    validation_sequence: str | None = None
+    validation_sequence: Function | None = None
     workers: Annotated[int, Field(ge=1)] = 1
     use_processes: bool = False
 
@@ -47,11 +48,6 @@ class Data(Model):
         if not isinstance(value, list | tuple) or not (value or optional):
             raise ValueError("a list of files was expected, each with a 'path' or a 'url'")
         return tuple(value)
-
-    @field_validator("sequence", "normalizer", "validation_sequence")
-    @classmethod
-    def _function(cls, value: str | None, info: ValidationInfo) -> str | None:
-        return None if value is None else check_function(value, info)
 
     @field_validator("stage")
     @classmethod
@@ -93,23 +89,21 @@ class Data(Model):
     @field_validator("make")
     @classmethod
     def _make(cls, value: str | None, info: ValidationInfo) -> str | None:
-        base = base_folder(info)
-        if value is not None and base is not None and not (base / value).is_file():
-            raise ValueError(f"no such file: {value} (the script that makes the data)")
         if value is not None and info.data.get("files") == ():
             raise ValueError("it makes the 'files' that are missing, and there are none")
-        return value
+        return None if value is None else check_file(value, info, "the script that makes the data")
 
-    @model_validator(mode="after")
-    def _known_files(self) -> Data:
-        names = [file.name for file in self.files]
+    @classmethod
+    def contradictions(cls, given: Mapping[str, Any]) -> Iterator[Contradiction]:
+        """Files differ in name, and `x` and `y` name one of them."""
+        names = written_names(given.get("files"))
         if len(set(names)) != len(names):
-            raise ValueError(f"two files have the same name: {', '.join(names)}")
-        for reference in filter(None, (self.x, self.y)):
-            file, _, _ = reference.rpartition(":")
+            yield (), f"two files have the same name: {', '.join(names)}"
+        for key in ("x", "y"):
+            reference = given.get(key)
+            file = reference.rpartition(":")[0] if isinstance(reference, str) else ""
             if file and file not in names:
-                raise ValueError(f"{reference!r} names no file of 'files' ({', '.join(names)})")
-        return self
+                yield (key,), f"{reference!r} names no file of 'files' ({', '.join(names)})"
 
     @property
     def datasets(self) -> tuple[str, str]:
@@ -132,21 +126,9 @@ def _is_given(cls: type[BaseModel], value: Any, info: ValidationInfo) -> bool:
 class ModelSpec(Model):
     """The function that returns a Keras model."""
 
-    function: str
-    args: dict[str, Any] = Field(default={})
-    custom_objects: dict[str, str] = Field(default={})
-
-    @field_validator("function")
-    @classmethod
-    def _function(cls, value: str, info: ValidationInfo) -> str:
-        return check_function(value, info)
-
-    @field_validator("custom_objects")
-    @classmethod
-    def _objects(cls, value: dict[str, str], info: ValidationInfo) -> dict[str, str]:
-        for reference in value.values():
-            check_function(reference, info)
-        return value
+    function: Function
+    args: dict[str, Any] = Field(default_factory=dict)
+    custom_objects: dict[str, Function] = Field(default_factory=dict)
 
 
 class Training(Model):
@@ -172,26 +154,6 @@ class Training(Model):
         return value
 
 
-class Resources(Model):
-    """What the job asks Slurm for."""
-
-    nodes: Annotated[int, Field(ge=1)] = 1
-    gpus: Annotated[int, Field(ge=1)] | None = None
-    gpus_per_node: Annotated[int, Field(ge=1)] | None = None
-    cpus_per_task: Annotated[int, Field(ge=1)] = 1
-    time: str = "01:00:00"
-    partition: str | None = None
-    devices: Literal["gpu", "simulated"] = "gpu"
-    replication: Literal["per_node", "per_gpu"] = "per_node"
-
-    @field_validator("time")
-    @classmethod
-    def _time(cls, value: str) -> str:
-        if TIME_PATTERN.match(value) is None or parse_time_s(value) < 60:
-            raise ValueError(f"a time of at least a minute as HH:MM:SS or D-HH:MM:SS was expected, got {value!r}")
-        return value
-
-
 class Checkpoints(Model):
     """How often rank 0 writes a checkpoint, and how many are kept."""
 
@@ -212,10 +174,7 @@ class Staging(Model):
     @field_validator("manifest")
     @classmethod
     def _manifest(cls, value: str | None, info: ValidationInfo) -> str | None:
-        base = base_folder(info)
-        if value is not None and base is not None and not (base / value).is_file():
-            raise ValueError(f"no such file: {value} (made by 'hpcutils stage manifest')")
-        return value
+        return None if value is None else check_file(value, info, "made by 'hpcutils stage manifest'")
 
     @field_validator("cache")
     @classmethod
@@ -224,11 +183,11 @@ class Staging(Model):
             raise ValueError(f"an absolute path was expected, got {value!r}")
         return value
 
-    @model_validator(mode="after")
-    def _source_of_what(self) -> Staging:
-        if self.source is not None and self.manifest is None:
-            raise ValueError("'source' is where the files of a 'manifest' are, and there is none")
-        return self
+    @classmethod
+    def contradictions(cls, given: Mapping[str, Any]) -> Iterator[Contradiction]:
+        """A source is that of a manifest."""
+        if given.get("source") is not None and given.get("manifest") is None:
+            yield (), "'source' is where the files of a 'manifest' are, and there is none"
 
 
 class Job(Model):
@@ -242,39 +201,6 @@ class Job(Model):
     resources: Resources = Resources()
     checkpoints: Checkpoints = Checkpoints()
     staging: Staging = Staging()
-
-
-def parse_time_s(text: str) -> int:
-    """Return the seconds in a Slurm time (`MM:SS`, `HH:MM:SS`, `D-HH:MM:SS`)."""
-    match = TIME_PATTERN.match(text)
-    if match is None:
-        raise ValueError(text)
-    days, hours, minutes, seconds = (int(match[group] or 0) for group in ("days", "a", "b", "c"))
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
-def gpus_per_node(resources: Resources) -> int:
-    """Return the GPUs of each node.
-
-    Raises:
-        RequestError: The job's total does not divide by the nodes, or total and per-node number contradict each other.
-    """
-    total, each, nodes = resources.gpus, resources.gpus_per_node, resources.nodes
-    if total is not None and total % nodes:
-        lower, upper = total - total % nodes, total + nodes - total % nodes
-        near = f"{lower} or {upper}" if lower else str(upper)
-        raise RequestError(
-            f"--gpus {total} does not divide by --nodes {nodes}: every node gets the same number",
-            f"ask for {near} GPUs, or say --gpus-per-node",
-        )
-    if total is not None and each is not None and total != each * nodes:
-        raise RequestError(
-            f"--gpus {total} (the job's total) contradicts --gpus-per-node {each} on {nodes} nodes ({each * nodes})",
-            "give one of the two",
-        )
-    if total is not None:
-        return total // nodes
-    return each if each is not None else 1
 
 
 def load_job(path: Path, overrides: Mapping[Location, tuple[str, Any]] | None = None) -> Job:
@@ -296,70 +222,28 @@ def load_job(path: Path, overrides: Mapping[Location, tuple[str, Any]] | None = 
         "data_is_made": bool(data.get("make")),
         "has_manifest": bool(staging.get("manifest")),
     }
+    job, problems = None, [*source.problems, *_layout_problems(source)]
     try:
-        return Job.model_validate(source.data, context=context)
+        job = Job.model_validate(source.data, context=context)
     except ValidationError as exc:
-        raise source.error([_problem(error) for error in exc.errors()]) from exc
+        problems += problems_of(exc.errors(), Job)
+    if job is None or problems:
+        raise source.error(problems)
+    return job
+
+
+def _layout_problems(source: Source) -> list[Problem]:
+    """Return what is wrong with the file's own numbers of nodes and GPUs; those of options are an impossible request instead."""
+    given = source.data.get("resources")
+    section = given if isinstance(given, dict) else {}
+    numbers = [section.get("nodes", 1), section.get("gpus"), section.get("gpus_per_node")]
+    nodes, total, each = (number if type(number) is int and number > 0 else None for number in numbers)
+    if nodes is None or any(("resources", key) in source.overrides for key in ("nodes", "gpus", "gpus_per_node")):
+        return []
+    found = layout_problem(nodes, total, each)
+    return [] if found is None else [Problem(("resources", "gpus"), f"resources.{'; '.join(found).replace(' ', ': ', 1)}")]
 
 
 def read_job(text: str) -> Job:
     """Read a resolved job (JSON) back, on the node: nothing is looked up on disk."""
     return Job.model_validate_json(text)
-
-
-EXPECTED = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "string_type": "text",
-    "bool_type": "true or false",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
-    "tuple_type": "a list",
-    "list_type": "a list",
-    "greater_than_equal": "{ge} or more",
-    "greater_than": "more than {gt}",
-    "less_than": "less than {lt}",
-    "literal_error": "{expected}",
-    "string_pattern_mismatch": "text of the form {pattern}",
-}
-
-
-def _problem(error: Mapping[str, Any]) -> Problem:
-    """Translate one of pydantic's findings into a place and a sentence."""
-    location = tuple(part for part in error["loc"] if part not in ("str", "dict[str,any]"))
-    kind, given = error["type"], error.get("input")
-    if kind == "extra_forbidden":
-        return Problem(location, _unknown_key(location), at_key=True)
-    if kind == "missing":
-        return Problem(location[:-1] or location, f"key {location[-1]!r} is missing", at_key=True)
-    if kind in EXPECTED:
-        expected = EXPECTED[kind].format(**error.get("ctx", {}))
-        return Problem(location, f"{_dotted(location)}: {expected} was expected, got {_short(given)}")
-    if kind == "value_error":
-        return Problem(location, f"{_dotted(location)}: {error['ctx']['error']}")
-    return Problem(location, f"{_dotted(location)}: {error['msg']}, got {_short(given)}")
-
-
-def _unknown_key(location: Location) -> str:
-    known = list(_model_at(location[:-1]).model_fields)
-    near = difflib.get_close_matches(str(location[-1]), known, n=1)
-    advice = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-    return f"unknown key {location[-1]!r}; {advice}"
-
-
-def _model_at(location: Location) -> type[BaseModel]:
-    """Return the model that a location lies in."""
-    children: dict[str, type[BaseModel]] = {"data": Data, "files": DataFile, "split": Split, "model": ModelSpec}
-    children |= {"training": Training, "resources": Resources, "checkpoints": Checkpoints, "staging": Staging}
-    names = [part for part in location if isinstance(part, str)]
-    return children[names[-1]] if names else Job
-
-
-def _dotted(location: Location) -> str:
-    return ".".join(str(part) for part in location) or "the file"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

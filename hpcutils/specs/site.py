@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from hpcutils.errors import SpecError
 from hpcutils.specs.recipe_file import problem
+from hpcutils.specs.resources import parse_time_s
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -99,6 +100,16 @@ class Limits(Closed):
     nodes: int | None = Field(default=None, ge=1)
     gpus_per_node: int | None = Field(default=None, ge=0)
     time: OneLine | None = None
+
+    @field_validator("time")
+    @classmethod
+    def _time(cls, value: str | None) -> str | None:
+        try:
+            if value is not None:
+                parse_time_s(value)
+            return value
+        except ValueError as exc:
+            raise ValueError(f"a time as HH:MM:SS or D-HH:MM:SS was expected, got {value!r}") from exc
 
 
 class Build(Closed):

@@ -90,24 +90,30 @@ def connect(ranks: Ranks) -> Reducer | None:
         return MpiReducer(ranks)
 
 
-def distribute_optimizer(optimizer: Any, reducer: Reducer) -> Any:
+def distribute_optimizer(optimizer: Any, reducer: Reducer | None) -> Any:
     """Make `optimizer` average gradients over ranks before it applies them; returns the same object.
+
+    Clipping, loss scales and accumulation come after that, and so see the gradient of the global batch. A sparse gradient (of an
+    embedding) becomes dense, also in a world of one: Keras' optimizers square and clip the parts of a sparse one by themselves, so
+    a word that occurs twice in a batch would count differently than when its two parts are averaged over ranks first.
 
     Its class becomes a subclass that keeps the original's name and module: a model saved with it loads without Horovod.
 
     Args:
         optimizer: Any Keras 3 optimizer, `LossScaleOptimizer` included.
-        reducer: From `connect`.
+        reducer: From `connect`; `None` in a world of one.
     """
     base = type(optimizer)
 
     def apply(self: Any, grads: Sequence[Any], trainable_variables: Any = None) -> Any:
         # Every rank runs the same model, so the same gradients are missing on all of them.
         present = [number for number, gradient in enumerate(grads) if gradient is not None]
-        # Sparse gradients (embeddings) become dense: a group of mixed kinds would be reduced one by one.
+        if not present:
+            return base.apply(self, grads, trainable_variables)
+        # A group of mixed kinds would be reduced one by one.
         dense = [tf.convert_to_tensor(grads[number]) for number in present]
         reduced: list[Any] = list(grads)
-        for number, gradient in zip(present, reducer.average(dense), strict=True):
+        for number, gradient in zip(present, dense if reducer is None else reducer.average(dense), strict=True):
             reduced[number] = gradient
         return base.apply(self, reduced, trainable_variables)
 

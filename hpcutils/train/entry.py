@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from hpcutils import fs, log
 from hpcutils.errors import HpcutilsError, JobFailedError
 from hpcutils.rundir import RunDirectory
+from hpcutils.train.stop import StoppedToGoOn
 from hpcutils.world import World, world_from_environment
 
 
@@ -36,6 +37,11 @@ def run_rank(run_path: str) -> dict[str, Any]:
         return main.train(run, world)
     except HpcutilsError as exc:
         _fail(run, world, exc)
+    except StoppedToGoOn:
+        raise
+    except SystemExit as exc:
+        # Whatever the number, it is not one of our exit codes; and 0 would leave the other ranks waiting.
+        _fail(run, world, JobFailedError(f"the job's own code ended the process: sys.exit({exc.code!r})", "raise an error instead"))
     except Exception as exc:  # noqa: BLE001 - the process boundary: whatever it was, the job must end and say so
         traceback.print_exc()
         _fail(

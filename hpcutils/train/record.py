@@ -23,6 +23,7 @@ from hpcutils.train.checkpoint import Progress, save_checkpoint
 from hpcutils.train.feed import Feed
 from hpcutils.train.ranks import Ranks
 from hpcutils.train.steps import StepRunner, steps_per_call
+from hpcutils.train.stop import StoppedToGoOn
 
 Values: TypeAlias = NDArray[np.float64]
 
@@ -260,7 +261,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         self.ranks.barrier()
         if self.arrivals is not None and self.arrivals.is_open:
             self.arrivals.leave(EXIT_REQUEUE)
-        raise SystemExit(EXIT_REQUEUE)
+        raise StoppedToGoOn()
 
     def _finish_training(self) -> None:
         seconds = time.perf_counter() - self._started

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -228,9 +228,7 @@ def prepare_model(template: Any, job: Job, device_names: list[str], reducer: Red
 
     The template is compiled as well: it is what is saved, and its optimizer's state with it.
     """
-    optimizer = make_optimizer(job)
-    if reducer is not None:
-        distribute_optimizer(optimizer, reducer)
+    optimizer = distribute_optimizer(make_optimizer(job), reducer)
     model = replicate(template, device_names)
     for target in dict.fromkeys((template, model)):
         # Weighted: padding rows have weight 0 and must not count. No XLA: Horovod's operations are not for it.
@@ -253,14 +251,25 @@ def make_optimizer(job: Job) -> Any:
         SpecError: Keras knows none of that name, or not with these arguments.
     """
     given = job.training.optimizer
-    config = {"name": given} if isinstance(given, str) else dict(given)
-    name = config.pop("name")
     try:
-        return keras.optimizers.get({"class_name": name, "config": config})
+        return optimizer_of(given)
     except (ValueError, TypeError) as exc:
-        raise SpecError(
-            f"training.optimizer: Keras makes no {name!r} of {config}: {exc}", "see https://keras.io/api/optimizers"
-        ) from exc
+        raise SpecError(f"training.optimizer: Keras makes none of {given!r}: {exc}", "see https://keras.io/api/optimizers") from exc
+
+
+def optimizer_of(given: str | Mapping[str, Any]) -> Any:
+    """Return the Keras optimizer of a name, or of a mapping with its `name` and arguments.
+
+    Keras' own look-up by name has no Lamb, and takes an optimizer in an optimizer (`inner_optimizer`) only as it was saved.
+    """
+    config = {"name": given} if isinstance(given, str) else dict(given)
+    name = str(config.pop("name"))
+    inner = config.get("inner_optimizer")
+    if isinstance(inner, str) or (isinstance(inner, Mapping) and "name" in inner):
+        config["inner_optimizer"] = keras.optimizers.serialize(optimizer_of(inner))
+    known: dict[str, Any] = {key.lower(): cls for key, cls in vars(keras.optimizers).items() if isinstance(cls, type)}
+    cls = known.get(name.lower())
+    return keras.optimizers.get({"class_name": name, "config": config}) if cls is None else cls.from_config(config)
 
 
 def share_state(template: Any, optimizer: Any, reducer: Reducer | None, rank: int) -> None:

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from conftest import require
 from sandboxes import (
     CHECKOUT,
     Sandbox,
@@ -184,7 +186,7 @@ def test_a_gpu_belongs_to_one_job_at_a_time(box: Sandbox, folder: Path) -> None:
 
 
 def test_mpi_over_two_nodes_as_the_ordinary_user(box: Sandbox) -> None:
-    pytest.importorskip("mpi4py")
+    require(find_spec("mpi4py") is not None, "mpi4py (make setup)")
     program = "from mpi4py import MPI; c = MPI.COMM_WORLD; print(c.size, c.allreduce(c.rank), MPI.Get_processor_name())"
     said = box.run(f'srun -N2 --ntasks-per-node=2 python -c "{program}"')  # pmix is the default
     assert sorted(said.splitlines()) == ["4 6 node1", "4 6 node1", "4 6 node2", "4 6 node2"]

@@ -78,6 +78,8 @@ def test_dry_run_prints_the_script_and_imports_no_tensorflow(tmp_path):
         (["submit", "gone.yaml"], 2, "gone.yaml: cannot be read"),
         (["submit", str(DIGITS), "--gpus", "7", "--nodes", "2"], 3, "--gpus 7 does not divide by --nodes 2"),
         (["submit", str(DIGITS), "--image", "no-such-image"], 4, "no-such-image"),
+        (["submit", str(DIGITS), "--image", "x" * 5000], 4, "no such image"),
+        (["submit", "x" * 5000], 2, "cannot be read"),
         (["submit", str(DIGITS), "--time", "1h"], 2, "--time: resources.time: "),
         (["submit", str(DIGITS), "--nodes", "0"], 2, "--nodes: resources.nodes: 1 or more was expected, got 0"),
         (["run", str(DIGITS), "--ranks", "2", "--gpus", "3"], 3, "--gpus 3 does not divide by --ranks 2"),

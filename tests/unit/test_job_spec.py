@@ -1,11 +1,13 @@
 """train.yaml: what is accepted, and what the messages say about the rest."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from hpcutils.errors import RequestError, SpecError
-from hpcutils.specs.job import Job, Resources, gpus_per_node, load_job, parse_time_s, read_job
+from hpcutils.specs.job import Job, load_job, read_job
+from hpcutils.specs.resources import Resources, gpus_per_node, parse_time_s
 
 DIGITS = Path(__file__).parents[2] / "jobs" / "digits" / "train.yaml"
 GOOD = """\
@@ -98,9 +100,9 @@ def test_missing_data_is_fine_when_the_job_makes_it(folder):
         ("model.py:build", "gone.py:build", "8:13", "no such file: gone.py"),
         ("model.py:build", "model.build", "8:13", "'file.py:function' was expected"),
         ("batch_size: 8", "batch_size: 0", "11:15", "1 or more was expected, got 0"),
-        ("- path: data.h5", "- url: ftp://x/data.h5", "4:12", "http, https or file URL was expected"),
+        ("- path: data.h5", f"- url: ftp://x/data.h5\n      sha256: {'ab' * 32}", "4:12", "http, https or file URL was expected"),
         ("- path: data.h5", "- url: https://x/data.h5", "4:7", "a file by URL needs its 'sha256'"),
-        ("  x: images", "  x: other.h5:images", "3:3", "names no file of 'files'"),
+        ("  x: images", "  x: other.h5:images", "5:6", "names no file of 'files'"),
         ("loss: mse", "loss: mse\n  optimizer: {learning_rate: 0.1}", "13:14", "needs its 'name'"),
         ("loss: mse", "loss: mse\nresources: {time: 1h}", "13:19", "HH:MM:SS"),
         ("loss: mse", "loss: mse\nresources: {devices: tpu}", "13:22", "'gpu' or 'simulated'"),
@@ -124,7 +126,118 @@ def test_command_line_wins_and_is_named_in_messages(folder):
     assert load(folder, GOOD + "resources: {nodes: 2}\n", overrides=given).resources.nodes == 3
 
 
-@pytest.mark.parametrize("text, place", [("a: [1", "1:6"), ("- 1\n", "1:1"), ("", "1:1"), ("a: 1\na: 2\n", "2:1")])
+ARGS = "model.py:build\n  args: "
+
+
+@pytest.mark.parametrize(
+    "args, place, said",
+    [
+        ("{n: !foo 1}", "9:13", "!foo"),
+        ("{n: !!python/name:os.system x}", "9:13", "python/name"),
+        ("!!python/object:os.x {n: 1}", "9:9", "python/object"),
+        ("{n: !!set {a, b}}", "9:13", "set"),
+        ("{n: !!int abc}", "9:13", "not a value"),
+        ("{n: 2024-13-45}", "9:13", "not a value"),
+        ("{n: 2024-12-24}", "9:13", "got a date"),
+        ('{n: !!binary "gICA"}', "9:13", "got a bytes"),
+        ("{n: .nan}", "9:13", "a finite number was expected"),
+        ("{n: [1, -.inf]}", "9:17", "a finite number was expected"),
+        (f"{{n: {'9' * 5000}}}", "9:13", "not a value"),
+        ("&a {n: *a}", "9:9", "contains itself"),
+        (f"{{n: {'[' * 60}{']' * 60}}}", "9:51", "nested more than 40 deep"),
+        ('{n: "\\uD800"}', "9:13", "half a character"),
+        ("{? [1] : 2}", "9:12", "a key must be text"),
+    ],
+)
+def test_values_that_job_json_could_not_hold(folder, args, place, said):
+    lines = failure(folder, GOOD.replace("model.py:build", ARGS + args)).splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(f"train.yaml:{place}: ")
+    assert said in lines[0]
+
+
+def test_aliases_of_aliases_do_not_fill_the_memory(folder):
+    layers = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    assert "more than 100000 values" in failure(folder, "\n".join(["a0: &a0 [1]", *layers]) + "\n")
+
+
+@pytest.mark.parametrize(
+    "text, place",
+    [("name: a\nb: \x07x\n", "2:4"), ("a: " + "[" * 5000, "1:1"), ("a: [1", "1:6"), ("a: b: c", "1:5"), ("%YAML 9\n--- a", "1:")],
+)
+def test_syntax_errors_have_a_hint(folder, text, place):
+    with pytest.raises(SpecError, match=f"^train.yaml:{place}.*: not valid YAML") as caught:
+        load(folder, text)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("old", ["data.h5", "model.py"])
+@pytest.mark.parametrize("made", ["", "  make: model.py\n"])
+def test_a_path_that_no_file_can_have(folder, old, made):
+    text = GOOD.replace("  x: images\n", f"{made}  x: images\n")
+    message = failure(folder, text.replace(old, "x" * 5000 + ".py", 1))
+    assert "not a path: File name too long" in message
+
+
+@pytest.mark.parametrize("section", ["resources", "training", "data", "model", "staging", "checkpoints"])
+@pytest.mark.parametrize("value", ["7", "[1]", "text", ""])
+def test_options_do_not_hide_a_section_that_is_none(folder, section, value):
+    kept = "".join(block for block in re.split(r"(?m)^(?=\w)", GOOD) if not block.startswith(f"{section}:"))
+    given = {("resources", "nodes"): ("--nodes", 2), ("training", "epochs"): ("--epochs", 2)}
+    message = failure(folder, f"{kept}{section}: {value}\n", given)
+    assert f"{section}: a mapping was expected" in message
+
+
+def test_a_key_given_twice_hides_nothing(folder):
+    lines = failure(folder, GOOD.replace("  epochs: 1", "  epochs: 1\n  epochs: one\n  extra: 1")).splitlines()
+    assert lines == [
+        "train.yaml:11:3: key 'epochs' is given twice",
+        "train.yaml:11:11: training.epochs: a whole number was expected, got 'one'",
+        "train.yaml:12:3: unknown key 'extra'; known keys: epochs, batch_size, optimizer, loss, metrics, seed",
+    ]
+
+
+def test_references_are_checked_whatever_else_is_wrong_with_the_data(folder):
+    text = GOOD.replace("x: images", "x: gone.h5:images").replace("data.h5", "lost.h5").replace("y: labels", "y: more.h5:labels")
+    assert [line.partition(": ")[0] for line in failure(folder, text).splitlines()] == [
+        f"train.yaml:{p}" for p in ("4:13", "5:6", "6:6")
+    ]
+
+
+def test_contradictions_are_told_beside_wrong_values(folder):
+    text = GOOD.replace("path: data.h5", "url: https://x/data.h5\n      extract: ../x")
+    text += "staging: {source: /x, quota_gb: 0}\n"
+    message = failure(folder, text)
+    assert [said in message for said in ("needs its 'sha256'", "a member of the archive", "there is none", "more than 0")] == [
+        True
+    ] * 4
+
+
+def test_every_custom_object_is_checked(folder):
+    text = GOOD.replace("model.py:build", "model.py:build\n  custom_objects: {a: gone.py:a, b: model.py:b, c: lost.py:c}")
+    lines = failure(folder, text).splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["model.custom_objects.a", "model.custom_objects.c"]
+
+
+def test_a_value_that_fits_no_alternative_is_told_once(folder):
+    lines = failure(folder, GOOD + "  optimizer: [adam]\n").splitlines()
+    assert lines == ["train.yaml:13:14: training.optimizer: text or a mapping was expected, got ['adam']"]
+
+
+@pytest.mark.parametrize("resources", ["{nodes: 2, gpus: 7}", "{nodes: 2, gpus: 8, gpus_per_node: 3}"])
+def test_gpus_of_the_file_that_do_not_fit_have_a_place(folder, resources):
+    message = failure(folder, GOOD.replace("epochs: 1", "epochs: one") + f"resources: {resources}\n")
+    assert len(message.splitlines()) == 2
+    assert message.splitlines()[1].startswith("train.yaml:13:29: resources.gpus: ")
+
+
+def test_gpus_of_an_option_that_do_not_fit_are_an_impossible_request(folder):
+    job = load(folder, GOOD + "resources: {nodes: 2, gpus: 8}\n", overrides={("resources", "nodes"): ("--nodes", 3)})
+    with pytest.raises(RequestError, match="--gpus 8 does not divide by --nodes 3"):
+        gpus_per_node(job.resources)
+
+
+@pytest.mark.parametrize("text, place", [("a: [1", "1:6"), ("- 1\n", "1:1"), ("", "1:1"), (GOOD + "name: tiny\n", "13:1")])
 def test_no_mapping(folder, text, place):
     assert failure(folder, text).startswith(f"train.yaml:{place}: ")
 
@@ -134,7 +247,20 @@ def test_a_missing_job_file(tmp_path):
         load_job(tmp_path / "gone.yaml")
 
 
-@pytest.mark.parametrize("text, seconds", [("05:00", 300), ("01:00:00", 3600), ("2-01:00:30", 2 * 86400 + 3630)])
+# A dash makes the first number after it hours.
+DAYS = [("1-05", 104400), ("1-05:00", 104400), ("1-05:30", 106200), ("0-00:01", 60), ("90:00", 5400), ("100:00:00", 360000)]
+
+
+@pytest.mark.parametrize(
+    "text", ["00:99:99", "00:60:00", "01:00:60", "05:60", "1-24", "1-05:60", "1-", "-5", "1:2:3:4", "", "5", "٣:00"]
+)
+def test_no_times(folder, text):
+    with pytest.raises(ValueError):
+        parse_time_s(text)
+    assert "HH:MM:SS" in failure(folder, GOOD + f"resources: {{time: '{text}'}}\n")
+
+
+@pytest.mark.parametrize("text, seconds", [("05:00", 300), ("01:00:00", 3600), ("2-01:00:30", 2 * 86400 + 3630), *DAYS])
 def test_times(text, seconds):
     assert parse_time_s(text) == seconds
 

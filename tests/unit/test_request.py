@@ -13,7 +13,8 @@ from hpcutils.errors import SlurmRejectedError, SlurmUnavailableError
 from hpcutils.launch.executor import batch_script, translate
 from hpcutils.launch.request import Layout, plan_layout, plan_request
 from hpcutils.rundir import RunDirectory
-from hpcutils.specs.job import Job, load_job
+from hpcutils.specs.job import DataFile, Job, load_job
+from hpcutils.specs.site import Site
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "launch"
@@ -67,6 +68,23 @@ def test_the_container_sees_the_manifest_its_source_and_the_cache():
     )
 
 
+def test_the_container_sees_the_folder_of_a_file_url(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.h5").write_bytes(b"")
+    (tmp_path / "li nk").mkdir()
+    (tmp_path / "li nk" / "a.h5").symlink_to(tmp_path / "real" / "a.h5")
+    job = digits()
+    url = f"file://{tmp_path}/li%20nk/a.h5"
+    files = (*job.data.files, DataFile(url=url, sha256="ab" * 32), DataFile(url="https://x/etc/b.h5", sha256="ab" * 32))
+    staging = job.staging.model_copy(update={"manifest": "m.jsonl", "source": "file:///big/set"})
+    job = job.model_copy(update={"data": job.data.model_copy(update={"files": files}), "staging": staging})
+    request = plan_request(job, RunDirectory(Path("/shared/runs/x")), Path("/i.sif"), Path("/shared/jobs/digits"))
+    binds = [after for word, after in itertools.pairwise(request.python_argv) if word == "--bind"]
+    folders = [f"{tmp_path}/li nk", f"{tmp_path}/real", "/big/set"]
+    assert {f"{folder}:{folder}:ro" for folder in folders} <= set(binds)
+    assert not [bound for bound in binds if "etc" in bound]
+
+
 FAILED = json.dumps({"rank": 1, "message": 'data "exit_code": 99', "exit_code": 5, "hint": ""}, indent=2)
 
 
@@ -98,6 +116,21 @@ def test_how_a_batch_script_ends(tmp_path, srun, files, restarts, requeued, code
     assert requeued or run.exit_code.read_text() == f"{code}\n"
 
 
+def test_a_restart_forgets_what_the_start_before_it_left(tmp_path):
+    run = RunDirectory(tmp_path / "runs" / "a run")
+    run.checkpoints.mkdir(parents=True)
+    stale = [run.stop, run.stopped, run.failure, run.result, run.exit_code]
+    for path in [*stale, run.metrics, run.checkpoints / "epoch-0001.keras"]:
+        path.write_text("from before")
+    lines = plan_request(digits(), run, None, tmp_path).parameters["setup"]
+    script = "\n".join(["export SLURM_RESTART_COUNT=1", *lines])
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [path.name for path in stale if path.exists()] == []
+    assert run.metrics.exists() and (run.checkpoints / "epoch-0001.keras").exists()
+    assert run.current_logs.resolve().name == "restart-1"
+
+
 def test_layouts():
     assert plan_layout(digits()) == Layout(2, 1, 4)
     assert plan_layout(digits(replication="per_gpu")) == Layout(2, 4, 1)
@@ -108,6 +141,54 @@ def test_no_slurm_here(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SlurmUnavailableError, match="no sbatch or srun"):
         script(digits(), None)
+
+
+REFUSALS = [
+    "User's group not permitted to use this partition",
+    "Invalid account or account/partition combination specified",
+    "Requested partition configuration not available now",
+    "unable to resolve socket-id",
+    "Requested time limit is invalid (missing or exceeds some limit)",
+]
+SITE = Site.model_validate({"launch": {"partition": "batch"}})
+
+
+@pytest.mark.parametrize("said", REFUSALS)
+@pytest.mark.parametrize(
+    "partition, site, words",
+    [("gpu", SITE, "partition 'gpu'"), (None, SITE, "partition 'batch'"), (None, Site(), "default partition")],
+)
+def test_a_refusal_names_the_partition_that_was_asked(said, partition, site, words):
+    request = plan_request(digits(partition=partition), RunDirectory(Path("/shared/runs/x")), None, Path("/jobs"), site)
+    translated = translate(f"sbatch: error: Batch job submission failed: {said}", request)
+    assert type(translated) is SlurmRejectedError
+    assert translated.message.startswith("Slurm refused the job (")
+    assert words in translated.message and said in translated.message
+    assert "None" not in translated.message
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Batch job submission failed: Unable to contact slurm controller (connect failure)",
+        "Batch job submission failed: Socket timed out on send/recv operation",
+        'Munge encode failed: Failed to access "/run/munge/munge.socket.2": No such file or directory',
+        "Batch job submission failed: Protocol authentication error",
+        "Batch job submission failed: Zero Bytes were transmitted or received",
+        "slurm_persist_conn_open: Connection refused",
+        "Unable to establish controller machine",
+        "Batch job submission failed: Slurm backup controller in standby mode",
+    ],
+)
+def test_no_answer(said):
+    request = plan_request(digits(partition="gpu"), RunDirectory(Path("/shared/runs/x")), None, Path("/shared/jobs"))
+    assert type(translate(f"sbatch: error: {said}", request)) is SlurmUnavailableError
+
+
+def test_the_default_partition_may_be_missing():
+    request = plan_request(digits(), RunDirectory(Path("/shared/runs/x")), None, Path("/shared/jobs"))
+    said = "sbatch: error: Batch job submission failed: No partition specified or system default partition"
+    assert "default partition" in translate(said, request).message
 
 
 @pytest.mark.parametrize(

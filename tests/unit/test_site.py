@@ -81,6 +81,7 @@ def test_the_search_path(tmp_path: Path) -> None:
         ('status = "deprecated"', 'status = "old"', "images.standard.status: "),
         ("[images.standard]", '[images."a.sif"]', "would be taken for one"),
         ("nodes = 4", "nodes = 0", "limits.gpu.nodes: "),
+        ('time = "1-00:00:00"', 'time = "a day"', "limits.gpu.time: "),
         ("[build]", "[build", "not valid TOML"),
     ],
 )

@@ -19,7 +19,7 @@
 # setup
 mkdir -p /shared/runs/digits-20260131-142501-3f9c/logs/"restart-${SLURM_RESTART_COUNT:-0}"
 ln -sfn "restart-${SLURM_RESTART_COUNT:-0}" /shared/runs/digits-20260131-142501-3f9c/logs/current
-rm -f /shared/runs/digits-20260131-142501-3f9c/stop /shared/runs/digits-20260131-142501-3f9c/stopped /shared/runs/digits-20260131-142501-3f9c/failure.json
+rm -f /shared/runs/digits-20260131-142501-3f9c/stop /shared/runs/digits-20260131-142501-3f9c/stopped /shared/runs/digits-20260131-142501-3f9c/failure.json /shared/runs/digits-20260131-142501-3f9c/result.json /shared/runs/digits-20260131-142501-3f9c/exit_code
 trap 'touch /shared/runs/digits-20260131-142501-3f9c/stop' USR2
 srun() {
   command srun "$@" &
