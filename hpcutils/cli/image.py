@@ -92,8 +92,9 @@ def verify(name: str, as_json: bool) -> None:
     from hpcutils.image.listing import known_image
     from hpcutils.specs.site import load_site
 
-    found, published = known_image(name, load_site())
-    verdict = trust.verify(found, published, name, fresh=True)
+    site = load_site()
+    found, published = known_image(name, site)
+    verdict = trust.verify(found, published, name, site=site, fresh=True)
     what = f"{'signed' if verdict.signed else 'unsigned'}{f', {verdict.status}' if verdict.status else ''}"
     emit({**vars(verdict), "path": str(verdict.path)}, as_json, f"ok: {verdict.path} ({what}) sha256 {verdict.sha256}")
 

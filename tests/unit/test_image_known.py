@@ -297,6 +297,45 @@ def test_a_withdrawn_image_is_refused_and_a_deprecated_one_is_warned_of(tmp_path
     assert "the image 'standard' is deprecated: take standard-2" in caplog.text
 
 
+@pytest.mark.parametrize("how", ["path", "link"])
+def test_a_published_image_is_known_by_its_file_too(tmp_path, how) -> None:
+    """A path says which file is meant, and the site's word holds for the file, however it is named."""
+    image = built(tmp_path / "apps")
+    site = Site(images={"standard": published(image, status="withdrawn", note="a wrong NCCL")})
+    (tmp_path / "mine.sif").symlink_to(image.path)
+    name = str(image.path if how == "path" else tmp_path / "mine.sif")
+    found, said = known_image(name, site)
+    assert said == site.images["standard"]
+    with pytest.raises(ImageError, match="was withdrawn: a wrong NCCL"):
+        verify(found, said, name, site=site)
+
+
+def test_an_altered_image_of_the_site_is_refused_by_its_path(tmp_path) -> None:
+    image = built(tmp_path)
+    site = Site(images={"standard": published(image)})
+    image.path.write_bytes(b"siF")
+    # Whoever changes the file may write its sidecar as well.
+    image.path.with_suffix(".json").unlink()
+    found, said = known_image(str(image.path), site)
+    with pytest.raises(ImageError, match="is not the file that was published"):
+        verify(found, said, str(image.path), site=site)
+
+
+def test_a_copy_of_a_withdrawn_image_is_refused_by_what_is_in_it(tmp_path) -> None:
+    image = built(tmp_path / "apps")
+    withdrawn = published(image, status="withdrawn", note="a wrong NCCL")
+    (tmp_path / "copy.sif").write_bytes(image.path.read_bytes())
+    site = Site(images={"standard": withdrawn})
+    found, said = known_image(str(tmp_path / "copy.sif"), site)
+    assert said is None
+    with pytest.raises(ImageError, match="copy.sif is the withdrawn image 'standard': a wrong NCCL"):
+        verify(found, said, "copy.sif", site=site)
+    # What is withdrawn under one name and vouched for under another is vouched for.
+    both = Site(images={"standard": withdrawn, "standard-2": published(image)})
+    assert verify(found, None, "copy.sif", site=both).sha256 == image.sha256
+    assert known_image(str(image.path), both)[1] == both.images["standard-2"]
+
+
 def test_a_signature_is_asked_for_where_the_site_names_a_key(tmp_path) -> None:
     image = built(tmp_path)
     with pytest.raises(ImageError, match=r"gone.asc: no such file: the public key"):
