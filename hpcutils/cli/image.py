@@ -122,8 +122,10 @@ def diff(first: str, second: str, with_files: bool, as_json: bool) -> None:
 def lock(recipe: str, upgrade: bool, as_json: bool) -> None:
     """Renew the locks of RECIPE: resolve each .in file beside a lock into versions and hashes."""
     from hpcutils.image.lock import plan_lock, run_lock
+    from hpcutils.image.machine import this_machine
 
-    renewed = [run_lock(step, upgrade=upgrade) for step in plan_lock(recipe)]
+    machine = this_machine()
+    renewed = [run_lock(step, machine, upgrade=upgrade) for step in plan_lock(recipe)]
     lines = [f"{each.lock.name}: {', '.join(each.changes) or 'as it was'}" for each in renewed]
     emit({each.lock.name: list(each.changes) for each in renewed}, as_json, "\n".join(lines))
 

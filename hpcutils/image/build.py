@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from hpcutils.image.digest import base_digest, environment_digest, wheels_digest
 from hpcutils.image.exec_line import exec_argv
 from hpcutils.image.find import read_sidecar, sbom_of, sidecar_of
 from hpcutils.image.layers import Workbench, make_base, make_environment, make_image, versions
-from hpcutils.image.machine import Machine
+from hpcutils.image.machine import network, this_machine
 from hpcutils.image.oci import Engine, entering, make_oci
 from hpcutils.image.plan import SUFFIXES, BuildPlan
 from hpcutils.image.retention import tidy
@@ -32,7 +30,6 @@ from hpcutils.image.trust import identity, remember
 from hpcutils.image.workspace import ending_on_sigterm, one_at_a_time, workspace
 from hpcutils.log import LOGGER
 from hpcutils.specs.recipe import DebianBase
-from hpcutils.specs.site import load_site
 
 __all__ = ["Built", "check_builder_rights", "run_build"]
 
@@ -93,9 +90,8 @@ def run_build(plan: BuildPlan, wanted: str | None = None) -> Built:
     if not plan.to_make():
         return _up_to_date(plan)
     name = plan.files.recipe.name
-    # A user's own variables win over the site's settings.
-    settings = {**load_site().build.environment(), **os.environ}
-    temporary = Path(settings.get("TMPDIR") or tempfile.gettempdir())
+    machine = this_machine()
+    temporary = machine.temporary()
     findings = look_for_builders(plan.format, gather_facts(temporary))
     builder = choose(findings, wanted)
     why = explain(builder, findings)
@@ -107,7 +103,7 @@ def run_build(plan: BuildPlan, wanted: str | None = None) -> Built:
         LOGGER.info(f"{name}: {why}")
         started = time.monotonic()
         with workspace(temporary) as folder:
-            place = Place(Workbench(builder.program, folder, Machine(settings, Path.home())), builder, why)
+            place = Place(Workbench(builder.program, folder, machine), builder, why)
             seconds = _make(plan, to_make, place)
         took = round(time.monotonic() - started, 1)
         sidecar = read_sidecar(plan.image)
@@ -179,8 +175,9 @@ def _make_sif(plan: BuildPlan, target: Path, place: Place) -> Report:
 
 def _make_archive(plan: BuildPlan, target: Path, place: Place) -> Report:
     """Build the Dockerfile, and test the archive as whoever gets it will see it."""
-    engine = Engine(place.builder.name, place.builder.program, place.bench.folder)
-    make_oci(plan.files, plan.code, plan.base, plan.wheels, target, engine, place.bench)
+    bench = place.bench
+    engine = Engine(place.builder.name, place.builder.program, bench.folder, network(bench.machine))
+    make_oci(plan.files, plan.code, plan.base, plan.wheels, target, engine, bench)
     LOGGER.info("  self-test")
     with entering(engine, target) as enter:
         return run_self_tests(enter, engine.environment())

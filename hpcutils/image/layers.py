@@ -14,7 +14,7 @@ from hpcutils.image.base import bootstrap_argv, bootstrap_environment
 from hpcutils.image.caller import plain_environment
 from hpcutils.image.code import DATE_S, CodeFile, settle_dates, write_code
 from hpcutils.image.exec_line import bind, exec_argv
-from hpcutils.image.machine import Machine, apt_entries, build_files, debian_entries, sources_list, without_addresses
+from hpcutils.image.machine import Machine, apt_options, build_files, network, proxies, sources_text, without_addresses
 from hpcutils.image.render import BASE_ARCHIVE, PYTHON, SOURCE, definition, file_name
 from hpcutils.image.sif import append_folder
 from hpcutils.log import LOGGER
@@ -49,13 +49,15 @@ def make_base(base: DebianBase, archive: Path, bench: Workbench) -> None:
         MissingPartError: There is no mmdebstrap.
     """
     sources, temporary = bench.folder / "sources.list", bench.folder / "bootstrap"
-    entries = debian_entries(apt_entries(bench.machine.etc / "apt"), base.suite)
-    _write_private(sources, sources_list(entries, base.suite, {}))
+    _write_private(sources, sources_text(bench.machine, base.suite))
     # mmdebstrap's root user is another user out here: it must be able to pass.
     temporary.mkdir(mode=0o755)
+    settings = bench.folder / "base-settings"
+    settings.mkdir(mode=0o755)
+    (settings / "apt.conf").write_text("".join(f"{line}\n" for line in apt_options(bench.machine)), encoding="utf-8")
     with publishing(archive) as target:
-        argv = bootstrap_argv(base, sources, target)
-        environment = plain_environment(**bootstrap_environment(base, temporary))
+        argv = bootstrap_argv(base, sources, target, settings)
+        environment = plain_environment(**proxies(bench.machine), **bootstrap_environment(base, temporary))
         stream(argv, LOGGER.debug, env=environment, error=ImageError, shown=without_addresses)
         found = digest_file(target)
         if base.sha256 not in (None, found):
@@ -91,7 +93,8 @@ def make_environment(files: RecipeFiles, archive: Path, wheels: Path, result: Pa
     (work / BASE_ARCHIVE).symlink_to(archive)
     (work / "environment.def").write_text(definition(files.recipe), encoding="utf-8")
     (work / "apptainer").mkdir()
-    environment = plain_environment(APPTAINER_TMPDIR=str(work / "apptainer"), APPTAINER_CACHEDIR=str(work / "apptainer/cache"))
+    folders = {"APPTAINER_TMPDIR": str(work / "apptainer"), "APPTAINER_CACHEDIR": str(work / "apptainer/cache")}
+    environment = plain_environment(**network(bench.machine), **folders)
     try:
         with publishing(result, suffix=".sif") as target:
             words = [word for path in binds for word in ("--bind", path)]

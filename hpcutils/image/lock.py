@@ -13,13 +13,16 @@ from typing import Any
 
 from hpcutils.errors import ImageError, MissingPartError, SpecError
 from hpcutils.fs import write_text
-from hpcutils.image.machine import without_addresses
+from hpcutils.image.caller import plain_environment
+from hpcutils.image.machine import Machine, network, pip_settings, without_addresses
 from hpcutils.image.plan import find_recipe, recipe_roots
 from hpcutils.shell import run
 from hpcutils.specs.recipe import Recipe
 from hpcutils.specs.recipe_file import checked, locked, own_data, recipe_data, version_of
 
 RESOLVE_S = 600.0
+# pip's settings by the variables that say the same to uv.
+UV_VARIABLES = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_INDEX", "trusted-host": "UV_INSECURE_HOST"}
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,13 @@ def _resolutions(recipe: Recipe) -> list[Resolution]:
     return wanted
 
 
-def run_lock(resolution: Resolution, *, upgrade: bool) -> Renewed:
+def run_lock(resolution: Resolution, machine: Machine, *, upgrade: bool) -> Renewed:
     """Resolve one `.in` file again; without `upgrade` only what it asks for changes.
+
+    Args:
+        resolution: What is renewed.
+        machine: How this machine reaches indexes of packages.
+        upgrade: Take the newest versions of everything.
 
     Raises:
         MissingPartError: There is no uv.
@@ -112,7 +120,8 @@ def run_lock(resolution: Resolution, *, upgrade: bool) -> Renewed:
         if resolution.lock.is_file():
             # uv keeps what the file has, where that is possible.
             shutil.copyfile(resolution.lock, target)
-        done = run(step.words(find_uv(), target, upgrade=upgrade), check=False, timeout_s=RESOLVE_S)
+        words, environment = step.words(find_uv(), target, upgrade=upgrade), plain_environment(**uv_environment(machine))
+        done = run(words, env=environment, check=False, timeout_s=RESOLVE_S)
         if done.returncode != 0:
             raise ImageError(f"{resolution.source}: {without_addresses(done.stderr.strip())}", "the old lock is still there")
         text, after = target.read_text(encoding="utf-8"), _entries(target)
@@ -123,6 +132,20 @@ def run_lock(resolution: Resolution, *, upgrade: bool) -> Renewed:
         head = f"# Made by 'hpcutils image lock' from {resolution.source.name}.\n"
         write_text(resolution.lock, head + "".join(after.values()))
     return Renewed(resolution.lock, _changes(before, after))
+
+
+def uv_environment(machine: Machine) -> dict[str, str]:
+    """Return pip's settings of this machine as the variables that uv, which does not read them, has for them. Pure but for reading.
+
+    uv's own variables, where the user has set them, win.
+    """
+    settings = pip_settings(machine)
+    given = {name: settings[key] for key, name in UV_VARIABLES.items() if settings.get(key)}
+    if settings.get("proxy"):
+        given |= {name: settings["proxy"] for name in ("HTTP_PROXY", "HTTPS_PROXY") if name.lower() not in machine.environ}
+    # uv takes addresses and folders separated by commas here, pip by blanks.
+    given |= {"UV_FIND_LINKS": ",".join(settings["find-links"].split())} if settings.get("find-links") else {}
+    return network(machine) | {name: value for name, value in given.items() if name not in machine.environ}
 
 
 def find_uv() -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpcutils.errors import ImageError
@@ -27,11 +27,13 @@ class Engine:
         name: `docker`, `buildah` or `podman`.
         program: Its path.
         folder: The build's temporary folder.
+        network: Variables with which it reaches registries.
     """
 
     name: str
     program: str
     folder: Path
+    network: Mapping[str, str] = field(default_factory=dict)
 
     def words(self) -> list[str]:
         """Return the program and where it keeps its layers: in the build's folder, so that nothing is left behind."""
@@ -44,7 +46,8 @@ class Engine:
     def environment(self) -> dict[str, str]:
         """Return the environment of its commands: what they keep while they run goes into the build's folder, too."""
         (self.folder / "run").mkdir(mode=0o700, exist_ok=True)
-        return plain_environment(TMPDIR=str(self.folder), XDG_RUNTIME_DIR=str(self.folder / "run"), BUILDAH_ISOLATION="chroot")
+        folders = {"TMPDIR": str(self.folder), "XDG_RUNTIME_DIR": str(self.folder / "run")}
+        return plain_environment(**self.network, **folders, BUILDAH_ISOLATION="chroot")
 
     def build_words(self, tag: str, target: Path) -> list[str]:
         """Return the command that builds the folder's Dockerfile; with `docker` the archive is its result."""

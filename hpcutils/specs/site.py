@@ -102,7 +102,7 @@ class Limits(Closed):
 
 
 class Build(Closed):
-    """How builds reach package servers. Nothing of this enters an image.
+    """How builds reach package servers. Nothing of this enters an image; what a user's own settings say wins.
 
     Args:
         proxy: For http and https.
@@ -117,18 +117,6 @@ class Build(Closed):
     ca_bundle: AbsolutePath | None = None
     pip_index: OneLine | None = None
     temporary: AbsolutePath | None = None
-
-    def environment(self) -> dict[str, str]:
-        """Return the variables that say the same; those of the user win over them."""
-        given = {
-            "http_proxy": self.proxy,
-            "https_proxy": self.proxy,
-            "no_proxy": self.no_proxy,
-            "SSL_CERT_FILE": self.ca_bundle,
-            "PIP_INDEX_URL": self.pip_index,
-            "TMPDIR": self.temporary,
-        }
-        return {name: value for name, value in given.items() if value is not None}
 
 
 class Site(Closed):

@@ -132,6 +132,13 @@ def test_buildah_and_podman_keep_everything_in_the_folder_of_the_build(tmp_path:
         ]
 
 
+def test_an_engine_reaches_registries_as_the_site_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    environment = Engine("buildah", "buildah", tmp_path, {"https_proxy": "http://proxy.example:1"}).environment()
+    assert environment["https_proxy"] == "http://proxy.example:1" and environment["TMPDIR"] == str(tmp_path)
+    assert "SLURM_PROCID" not in environment
+
+
 def test_docker_writes_the_archive_itself(tmp_path: Path) -> None:
     engine = Engine("docker", "docker", tmp_path)
     assert engine.build_words("a", tmp_path / "a.oci.tar") == [

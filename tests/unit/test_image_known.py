@@ -328,7 +328,7 @@ def test_a_copy_of_a_withdrawn_image_is_refused_by_what_is_in_it(tmp_path) -> No
     site = Site(images={"standard": withdrawn})
     found, said = known_image(str(tmp_path / "copy.sif"), site)
     assert said is None
-    with pytest.raises(ImageError, match="copy.sif is the withdrawn image 'standard': a wrong NCCL"):
+    with pytest.raises(ImageError, match=r"copy\.sif is the withdrawn image 'standard': a wrong NCCL"):
         verify(found, said, "copy.sif", site=site)
     # What is withdrawn under one name and vouched for under another is vouched for.
     both = Site(images={"standard": withdrawn, "standard-2": published(image)})

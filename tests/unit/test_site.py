@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hpcutils.errors import RequestError, SpecError
+from hpcutils.image.machine import Machine, network
 from hpcutils.launch.request import Layout, gpu_request, plan_request
 from hpcutils.rundir import RunDirectory
 from hpcutils.specs.job import Job, load_job
@@ -143,10 +144,12 @@ def test_asking_for_more_than_a_partition_gives_is_told_at_once(resources: dict[
     request(parse_site(WHOLE, "site.toml"), partition="other", **resources)
 
 
-def test_build_settings_are_variables_that_a_build_reads() -> None:
-    build = parse_site(WHOLE, "site.toml").build
-    assert build.environment() == {
+def test_build_settings_are_variables_that_a_build_reads(tmp_path: Path) -> None:
+    (tmp_path / "site-ca.pem").write_text("certificate")
+    text = WHOLE.replace("/etc/site-ca.pem", str(tmp_path / "site-ca.pem"))
+    machine = Machine({}, tmp_path, tmp_path / "etc", parse_site(text, "site.toml").build)
+    assert network(machine) == {
         "http_proxy": "http://proxy.example:3128",
         "https_proxy": "http://proxy.example:3128",
-        "SSL_CERT_FILE": "/etc/site-ca.pem",
+        "SSL_CERT_FILE": str(tmp_path / "site-ca.pem"),
     }
