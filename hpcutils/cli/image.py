@@ -117,15 +117,14 @@ def diff(first: str, second: str, with_files: bool, as_json: bool) -> None:
 
 @image.command()
 @click.argument("recipe")
-@click.option("--upgrade", is_flag=True, help="Take the newest versions; without it only what an .in file asks for changes.")
+@click.option("--upgrade", is_flag=True, help="Take the newest versions; without it only what is asked for anew, or gone, changes.")
 @JSON
 def lock(recipe: str, upgrade: bool, as_json: bool) -> None:
-    """Renew the locks of RECIPE: resolve each .in file beside a lock into versions and hashes."""
-    from hpcutils.image.lock import plan_lock, run_lock
+    """Renew the locks of RECIPE: each .in file beside a lock into versions and hashes, and its Debian packages into versions."""
+    from hpcutils.image.lock import renew
     from hpcutils.image.machine import this_machine
 
-    machine = this_machine()
-    renewed = [run_lock(step, machine, upgrade=upgrade) for step in plan_lock(recipe)]
+    renewed = renew(recipe, this_machine(), upgrade=upgrade)
     lines = [f"{each.lock.name}: {', '.join(each.changes) or 'as it was'}" for each in renewed]
     emit({each.lock.name: list(each.changes) for each in renewed}, as_json, "\n".join(lines))
 

@@ -16,13 +16,15 @@ from hpcutils.fs import publish, publishing, remove, temporary_beside, write_tex
 from hpcutils.hashing import digest_file
 from hpcutils.image.builders import Finding, check_builder_rights, choose, explain, gather_facts, look_for_builders
 from hpcutils.image.caller import plain_environment
-from hpcutils.image.digest import base_digest, environment_digest, wheels_digest
+from hpcutils.image.digest import base_digest, debian_lock, environment_digest, wheels_digest
 from hpcutils.image.exec_line import exec_argv
 from hpcutils.image.find import read_sidecar, sbom_of, sidecar_of
-from hpcutils.image.layers import Workbench, make_base, make_environment, make_image, versions
+from hpcutils.image.layers import Workbench, check_versions, make_base, make_environment, make_image, versions
 from hpcutils.image.machine import network, this_machine
 from hpcutils.image.oci import Engine, entering, make_oci
 from hpcutils.image.plan import SUFFIXES, BuildPlan
+from hpcutils.image.relock import renewed_before, with_usable_lock
+from hpcutils.image.retention import prune as remove_older
 from hpcutils.image.retention import tidy
 from hpcutils.image.sbom import cyclonedx
 from hpcutils.image.selftest import TEST_ENVIRONMENT, Report, run_self_tests
@@ -74,7 +76,7 @@ class Built:
         return {**vars(self), "path": str(self.path), "made": list(self.made)}
 
 
-def run_build(plan: BuildPlan, wanted: str | None = None) -> Built:
+def run_build(plan: BuildPlan, wanted: str | None = None, *, relock: bool = False, prune: bool = False) -> Built:
     """Make the layers that are missing, test the image, and publish it under its name.
 
     Until the last moment the old image keeps the name; a build that fails, or is ended, leaves nothing but finished layers.
@@ -82,13 +84,23 @@ def run_build(plan: BuildPlan, wanted: str | None = None) -> Built:
     Args:
         plan: What to make.
         wanted: The builder to use; the first that works when left out.
+        relock: Where locked Debian packages are gone, take what there is, and say so.
+        prune: Remove all older images of this recipe afterwards, but those of jobs in the queue.
 
     Raises:
-        ImageError: A layer could not be made, the self-test failed, or this user cannot build here.
+        ImageError: Locked Debian packages are gone, a layer could not be made, the self-test failed, or this user cannot build.
         MissingPartError: A tool is not installed.
     """
-    if not plan.to_make():
-        return _up_to_date(plan)
+    earlier = renewed_before(plan) if relock else None
+    known = next((each for each in (plan, earlier) if each is not None and not each.to_make()), None)
+    built, plan = (_up_to_date(known), known) if known is not None else _build(plan, wanted, relock=relock)
+    if prune:
+        remove_older(plan)
+    return built
+
+
+def _build(plan: BuildPlan, wanted: str | None, *, relock: bool) -> tuple[Built, BuildPlan]:
+    """Build, and return also the plan that was carried out: `relock` may change it."""
     name = plan.files.recipe.name
     machine = this_machine()
     temporary = machine.temporary()
@@ -96,10 +108,12 @@ def run_build(plan: BuildPlan, wanted: str | None = None) -> Built:
     builder = choose(findings, wanted)
     why = explain(builder, findings)
     with ending_on_sigterm(), one_at_a_time(plan.environment.parent / f".{name}.lock", f"waiting for another build of {name}"):
+        if plan.to_make():
+            plan = with_usable_lock(plan, machine, relock=relock)
         # The one that was waited for may have made it.
         to_make = plan.to_make()
         if not to_make:
-            return _up_to_date(plan)
+            return _up_to_date(plan), plan
         LOGGER.info(f"{name}: {why}")
         started = time.monotonic()
         with workspace(temporary) as folder:
@@ -109,7 +123,7 @@ def run_build(plan: BuildPlan, wanted: str | None = None) -> Built:
         sidecar = read_sidecar(plan.image)
         LOGGER.info(f"{name}: built in {took:g} s ({', '.join(f'{layer} {s:g} s' for layer, s in seconds.items())})")
         tidy(plan)
-        return Built(plan.image, plan.digest, sidecar["sha256"], sidecar["size_bytes"], to_make, took)
+        return Built(plan.image, plan.digest, sidecar["sha256"], sidecar["size_bytes"], to_make, took), plan
 
 
 def _up_to_date(plan: BuildPlan) -> Built:
@@ -128,7 +142,7 @@ def _make(plan: BuildPlan, to_make: tuple[str, ...], place: Place) -> dict[str, 
         LOGGER.info(f"{plan.files.recipe.name}: {layer}")
         if layer == "base":
             assert isinstance(plan.files.recipe.base, DebianBase)
-            make_base(plan.files.recipe.base, plan.base, place.bench)
+            make_base(plan.files.recipe.base, debian_lock(plan.files), plan.base, place.bench)
         elif layer == "environment":
             make_environment(plan.files, plan.base, plan.wheels, plan.environment, place.bench)
         else:
@@ -143,6 +157,7 @@ def _publish_image(plan: BuildPlan, layer: str, place: Place, seconds: dict[str,
         report = _make_sif(plan, target, place) if plan.format == "apptainer" else _make_archive(plan, target, place)
         if report.failed():
             raise ImageError("\n".join(["the image was built, but its self-test failed:", *report.failed()]))
+        check_versions("the image", report.packages.get("debian", {}), debian_lock(plan.files).versions())
         spent = {**seconds, layer: round(time.monotonic() - started, 1)}
         sidecar = _sidecar(plan, target, place, report, spent)
         bill = cyclonedx(plan.files.recipe.name, plan.digest, sidecar["sha256"], report.packages)
@@ -197,10 +212,12 @@ def _sidecar(plan: BuildPlan, target: Path, place: Place, report: Report, second
         "size_bytes": target.stat().st_size,
         "hpcutils": hpcutils.__version__,
         "layers": {
-            "base": {"digest": base_digest(recipe.base), **read_sidecar(plan.base)},
+            "base": {"digest": base_digest(plan.files), **read_sidecar(plan.base)},
             "environment": {"digest": environment_digest(plan.files)},
             "wheels": {"digest": wheels_digest(plan.files)},
         },
+        # Empty where the recipe's own Debian lock was used.
+        "relocked": list(plan.relocked),
         "builder": {"name": place.builder.name, "version": place.builder.version, "why": place.why},
         "tools": versions(place.builder.name, place.builder.version),
         "seconds": dict(seconds),

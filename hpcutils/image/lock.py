@@ -14,6 +14,7 @@ from typing import Any
 from hpcutils.errors import ImageError, MissingPartError, SpecError
 from hpcutils.fs import write_text
 from hpcutils.image.caller import plain_environment
+from hpcutils.image.debian import plan_debian_lock, run_debian_lock
 from hpcutils.image.machine import Machine, network, pip_settings, without_addresses
 from hpcutils.image.plan import find_recipe, recipe_roots
 from hpcutils.shell import run
@@ -68,10 +69,26 @@ class Renewed:
     changes: tuple[str, ...]
 
 
-def plan_lock(name: str) -> tuple[Resolution, ...]:
+def renew(name: str, machine: Machine, *, upgrade: bool) -> list[Renewed]:
+    """Renew every lock that a recipe names itself: of Python's packages, and of Debian's.
+
+    Raises:
+        SpecError: No such recipe, or it has no lock that could be renewed.
+        ImageError: What is asked for cannot be had together.
+    """
+    debian = plan_debian_lock(name)
+    renewed = [run_lock(step, machine, upgrade=upgrade) for step in plan_lock(name, needed=debian is None)]
+    return renewed + ([Renewed(debian.lock, run_debian_lock(debian, machine, upgrade=upgrade))] if debian is not None else [])
+
+
+def plan_lock(name: str, *, needed: bool = True) -> tuple[Resolution, ...]:
     """Return how the locks that a recipe names itself are renewed, first to last: the later ones agree with the earlier.
 
     Those of a recipe that it extends are another's business. Locks that do not exist yet are made, so no lock is read here.
+
+    Args:
+        name: The recipe.
+        needed: Whether there has to be one.
 
     Raises:
         SpecError: No such recipe, or no `.in` file beside any of its locks.
@@ -80,7 +97,7 @@ def plan_lock(name: str) -> tuple[Resolution, ...]:
     recipe = checked(recipe_data(path, recipe_roots()), path.name)
     own = set(_words(own_data(path)))
     found = tuple(step for step in _resolutions(recipe) if str(step.lock) in own and step.source.is_file())
-    if not found:
+    if needed and not found:
         raise SpecError(f"{path.name}: no lock of it has a .in file beside it", "write what is wanted into NAME.in beside NAME.txt")
     return found
 

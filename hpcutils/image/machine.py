@@ -88,7 +88,7 @@ def build_files(machine: Machine, suite: str) -> BuildFiles:
     """Return the settings that a build for `suite` needs on this machine."""
     certificates = certificate_file(machine)
     copies = {} if certificates is None else {"ca.crt": certificates}
-    entries = debian_entries(apt_entries(machine.etc / "apt"), suite)
+    entries = _sources(machine, suite)
     keys = sorted({entry.key for entry in entries if entry.key.startswith("/")})
     renamed = {key: f"/mnt/keyring-{i}{Path(key).suffix}" for i, key in enumerate(keys)}
     copies |= {Path(renamed[key]).name: Path(key) for key in keys}
@@ -106,7 +106,12 @@ def build_files(machine: Machine, suite: str) -> BuildFiles:
 
 def sources_text(machine: Machine, suite: str) -> str:
     """Return the sources.list for programs that run on this machine itself."""
-    return sources_list(debian_entries(apt_entries(machine.etc / "apt"), suite), suite, {})
+    return sources_list(_sources(machine, suite), suite, {})
+
+
+def _sources(machine: Machine, suite: str) -> list[AptEntry]:
+    said = _one_line("\n".join(machine.site.apt_sources))
+    return debian_entries(said or apt_entries(machine.etc / "apt"), suite)
 
 
 def proxies(machine: Machine) -> dict[str, str]:
@@ -134,7 +139,9 @@ def apt_options(machine: Machine, certificates: str | None = None) -> list[str]:
         machine: What they are read from.
         certificates: Where apt sees the certificates; their place on this machine when left out.
     """
-    lines = [f'{key} "{value}";' for key, value in _apt_settings(machine).items()]
+    # The lists of a snapshot are past their date.
+    any_age = {"Acquire::Check-Valid-Until": "false"} if machine.site.apt_sources else {}
+    lines = [f'{key} "{value}";' for key, value in {**_apt_settings(machine), **any_age}.items()]
     file = certificate_file(machine)
     return lines if file is None else [*lines, f'Acquire::https::CAInfo "{certificates or file}";']
 

@@ -115,9 +115,17 @@ Base = Annotated[
 
 
 class System(Closed):
-    """Debian packages that stay in the image."""
+    """Debian packages that stay in the image.
+
+    Args:
+        packages: Their names.
+        lock: Exact version of every Debian package: of the base, of these, and of those that compiling needs.
+        extra_locks: More of them: what a recipe adds to the one that it extends.
+    """
 
     packages: tuple[PackageName, ...] = ()
+    lock: str | None = None
+    extra_locks: tuple[str, ...] = ()
 
 
 class Python(Closed):
@@ -299,6 +307,7 @@ class RecipeFiles:
         self_tests: Text of each of `recipe.self_test`, in their order.
         copied: Content of each of `recipe.files`, in their order.
         archive: Where an `ArchiveBase` is: too large to carry about; its digest is in the recipe.
+        debian_lock: Text of `system.lock` and of every `system.extra_locks`.
     """
 
     recipe: Recipe
@@ -308,3 +317,4 @@ class RecipeFiles:
     self_tests: tuple[str, ...]
     copied: tuple[bytes, ...] = field(default=())
     archive: Path | None = None
+    debian_lock: str = ""

@@ -16,11 +16,14 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from hpcutils.errors import SpecError
-from hpcutils.specs.recipe import ArchiveBase, Recipe, RecipeFiles
+from hpcutils.specs.debian import parse_debian_lock
+from hpcutils.specs.recipe import ArchiveBase, DebianBase, Recipe, RecipeFiles
 
 # Where a recipe names files; `*` stands for each item of a list.
 FILE_KEYS = (
     ("base", "archive"),
+    ("system", "lock"),
+    ("system", "extra_locks", "*"),
     ("python", "lock"),
     ("python", "extra_locks", "*"),
     ("compile", "lock"),
@@ -49,6 +52,8 @@ def read_recipe(path: Path, roots: Sequence[Path] = ()) -> RecipeFiles:
     lock = "".join(_ended(_text(name, path, key)) for key, name in locks)
     compile_lock = _text(recipe.compile.lock, path, "compile.lock")
     check_locks(recipe, lock, compile_lock, path.name)
+    debian_lock = read_debian_lock(recipe, path)
+    check_debian_lock(recipe, debian_lock, path.name)
     return RecipeFiles(
         recipe,
         lock=lock,
@@ -57,6 +62,7 @@ def read_recipe(path: Path, roots: Sequence[Path] = ()) -> RecipeFiles:
         self_tests=tuple(_text(test.script, path, "self_test.script") for test in recipe.self_test),
         copied=tuple(_read(Path(file.source), path, "files.source") for file in recipe.files),
         archive=Path(recipe.base.archive) if isinstance(recipe.base, ArchiveBase) else None,
+        debian_lock=debian_lock,
     )
 
 
@@ -116,6 +122,34 @@ def check_locks(recipe: Recipe, lock: str, compile_lock: str, name: str) -> None
             problems.append(f"{name}: a lock holds names, versions and hashes; addresses and options belong in pip.conf")
     if problems:
         raise SpecError("\n".join(problems), "'hpcutils image lock' makes the locks from their .in files")
+
+
+def read_debian_lock(recipe: Recipe, path: Path) -> str:
+    """Return the text of a recipe's Debian locks, one after the other; empty for one that names none."""
+    named = [("system.lock", name) for name in (recipe.system.lock,) if name is not None]
+    named += [("system.extra_locks", name) for name in recipe.system.extra_locks]
+    return "".join(_ended(_text(name, path, key)) for key, name in named)
+
+
+def check_debian_lock(recipe: Recipe, text: str, name: str) -> None:
+    """Raise `SpecError` where a Debian package that the recipe asks for is not locked: it would be another one next month."""
+    hint = f"'hpcutils image lock {recipe.name}' makes the locks; a recipe that adds to another names its own in system.extra_locks"
+    lock = parse_debian_lock(text, f"{name}: system.lock")
+    asked = {
+        "base.packages": (recipe.base.packages, lock.base if isinstance(recipe.base, DebianBase) else lock.versions()),
+        "system.packages": (recipe.system.packages, {**lock.base, **lock.image}),
+        "compile.system_packages": (recipe.compile.system_packages, {**lock.base, **lock.compile}),
+    }
+    if recipe.system.lock is None and any(packages for packages, _ in asked.values()):
+        raise SpecError(f"{name}: system.lock: this key is required: a file that says the version of every Debian package", hint)
+    problems = [
+        f"{name}: {key}: {package} is not in the Debian lock"
+        for key, (packages, locked_ones) in asked.items()
+        for package in packages
+        if package not in locked_ones
+    ]
+    if problems:
+        raise SpecError("\n".join(problems), hint)
 
 
 def version_of(entry: str | None) -> str:

@@ -110,6 +110,8 @@ class Build(Closed):
         ca_bundle: File of certificates.
         pip_index: Index of Python packages.
         temporary: Folder for builds: roomy, local, and no network file system.
+        apt_sources: Lines of a sources.list that stand for those of the machine: a mirror of the site's, or a snapshot that keeps
+            the versions of a lock; lists of any age are taken from it.
     """
 
     proxy: OneLine | None = None
@@ -117,6 +119,7 @@ class Build(Closed):
     ca_bundle: AbsolutePath | None = None
     pip_index: OneLine | None = None
     temporary: AbsolutePath | None = None
+    apt_sources: tuple[OneLine, ...] = ()
 
 
 class Site(Closed):

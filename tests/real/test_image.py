@@ -26,6 +26,7 @@ from hpcutils.image.exec_line import bind, exec_argv
 from hpcutils.image.find import find_builder
 from hpcutils.image.render import PYTHON
 from hpcutils.image.sif import parse_listing
+from hpcutils.specs.debian import DebianLock, parse_debian_lock
 from hpcutils.specs.recipe_file import locked
 
 pytestmark = pytest.mark.apptainer
@@ -115,6 +116,41 @@ def test_every_locked_package_is_there_in_its_version(sidecar: dict[str, Any]) -
         for name, entry in locked((CONTAINERS / "locks" / lock).read_text()).items():
             assert there[name] == entry.split("==")[1].split()[0], name
     assert there["hpcutils"] == sidecar["hpcutils"]
+
+
+def test_every_debian_package_is_the_locked_one(sidecar: dict[str, Any]) -> None:
+    lock = debian_lock()
+    # On a mirror that has moved on: what the build said of it.
+    other = {line.split()[0]: line.split()[-1] for line in sidecar["relocked"]}
+    there = sidecar["packages"]["debian"]
+    assert {name: version for name, version in there.items() if version != {**lock.versions(), **other}.get(name)} == {}
+    assert set(there) == set(lock.base) | set(lock.image) or other
+
+
+def debian_lock() -> DebianLock:
+    return parse_debian_lock((CONTAINERS / f"locks/{NAME}.debian.txt").read_text(), NAME)
+
+
+def test_a_debian_package_that_is_gone_is_told_before_anything_is_made(built: dict[str, Any], home: Path) -> None:
+    """The mirror is the machine's own; the lock asks for a version that no mirror has."""
+    shutil.copytree(CONTAINERS, home / "containers")
+    lock, version = home / f"containers/locks/{NAME}.debian.txt", debian_lock().base["libc6"]
+    lock.write_text(lock.read_text().replace(f"\nlibc6={version}\n", "\nlibc6=2.0-1\n"))
+    for name in ("tmp", "cache"):
+        (home / name).mkdir()
+    own(home)
+    before = tree(home)
+    environ = {"HPCUTILS_CONTAINERS": home / "containers", "HPCUTILS_CACHE": home / "cache", "TMPDIR": home / "tmp"}
+    variables = {name: str(path) for name, path in environ.items()}
+    done = as_user("hpcutils", "build", NAME, check=False, HPCUTILS_RELOCK="", **variables)
+    assert done.returncode == ImageError.exit_code, done.stderr
+    assert re.search(r"libc6: locked 2\.0-1, available 2\.\d", done.stderr) and f"hpcutils image lock {NAME}" in done.stderr
+    assert "://" not in done.stderr and tree(home) == before
+    # Renewed, it is what it was, where the mirror still has all of it.
+    lock.unlink()
+    as_user("bash", "-c", f"PATH={ROOT}/.venv/bin:$PATH hpcutils image lock {NAME}", cwd=home, **variables)
+    renewed = parse_debian_lock(lock.read_text(), "renewed")
+    assert set(renewed.base) >= {"libc6", "python3", "apt"} and renewed.image["openmpi-bin"]
 
 
 def test_python_is_the_one_that_was_promised(sidecar: dict[str, Any]) -> None:
@@ -371,6 +407,8 @@ variant = "cpu"
 suite = "bookworm"
 packages = ["ca-certificates", "python3", "python3-venv"]
 epoch = 1735689600
+[system]
+lock = "small.debian.txt"
 [python]
 version = "3.11"
 lock = "small.txt"
@@ -400,6 +438,7 @@ def small_recipe(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     entries = locked((CONTAINERS / f"locks/{NAME}.txt").read_text())
     files = {"small.toml": SMALL, "small.txt": entries["click"], "none.txt": "", "motd": "hello\n", "t.py": SELF_TEST}
+    files["small.debian.txt"] = (CONTAINERS / f"locks/{NAME}.debian.txt").read_text()
     for name, text in files.items():
         (folder / name).write_text(text)
     return folder / "small.toml"

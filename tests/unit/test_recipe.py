@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcutils.errors import SpecError
+from hpcutils.specs.debian import DebianLock, parse_debian_lock
 from hpcutils.specs.recipe import ArchiveBase, ImageBase, RecipeFiles
 from hpcutils.specs.recipe_file import joined, locked, parse_recipe, read_recipe
 
@@ -118,6 +119,7 @@ summary = "with more"
 extends = "tf-horovod-cpu"
 [system]
 packages = ["git", "graphviz"]
+extra_locks = ["mine.debian.txt"]
 [python]
 extra_locks = ["mine.txt"]
 [environment]
@@ -140,6 +142,7 @@ def mine(tmp_path: Path) -> Path:
     (tmp_path / "own").mkdir()
     (tmp_path / "own/motd").write_text("hello\n")
     (tmp_path / "own/mine.txt").write_text(EXTRA)
+    (tmp_path / "own/mine.debian.txt").write_text("[image]\ngit=1:2.39.5-0+deb12u3\n")
     (tmp_path / "own/mine.toml").write_text(MINE)
     return tmp_path / "own/mine.toml"
 
@@ -156,6 +159,7 @@ def test_a_recipe_says_only_what_is_different(mine: Path) -> None:
     assert recipe.compile.packages[1].built_against == ("mpi4py",)
     # Each file from where it was named.
     assert files.lock == below.lock + EXTRA
+    assert files.debian_lock == below.debian_lock + "[image]\ngit=1:2.39.5-0+deb12u3\n"
     assert (files.copied, files.self_tests) == ((b"hello\n",), below.self_tests)
 
 
@@ -209,6 +213,40 @@ def test_another_base_replaces_the_whole_of_it(mine: Path, base: str) -> None:
     assert files.archive == (mine.parent / "base.oci.tar" if "archive" in base else None)
 
 
+def test_a_debian_package_that_is_not_locked_is_refused(mine: Path, folder: Path) -> None:
+    said = error(change(folder, f"recipes/{NAME}.toml", '"graphviz", ', '"graphviz", "git", '))
+    assert "tf-horovod-cpu.toml: system.packages: git is not in the Debian lock" in said
+    assert "hpcutils image lock tf-horovod-cpu" in said
+    said = error(change(folder, f"recipes/{NAME}.toml", 'lock = "../locks/tf-horovod-cpu.debian.txt"\n', ""))
+    assert "system.lock: this key is required" in said
+    (mine.parent / "mine.debian.txt").write_text("[compile]\ngit=1:2.39.5-0+deb12u3\n")
+    with pytest.raises(SpecError, match="git is not in the Debian lock"):
+        read_recipe(mine, [CONTAINERS])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[base]\n", "", "name=version under one of [base], [compile], [image] was expected, got 'adduser=3.134'"),
+        ("adduser=3.134", "adduser", "got 'adduser'"),
+        ("adduser=3.134", "adduser=3.134\nadduser=3.135", "adduser has two versions: 3.134 and 3.135"),
+        ("[image]\n", "[image]\nadduser=3.135\n", "adduser has two versions: 3.134 and 3.135"),
+        ("[image]", "[images]", "got '[images]'"),
+        ("adduser=3.134", "adduser=3.134 https://mirror.example", "was expected"),
+    ],
+)
+def test_what_is_wrong_with_a_debian_lock_is_told(folder: Path, old: str, new: str, message: str) -> None:
+    assert message in error(change(folder, f"locks/{NAME}.debian.txt", old, new))
+
+
+@pytest.mark.parametrize("path", sorted((CONTAINERS / "locks").glob("*.debian.txt")), ids=lambda path: path.stem)
+def test_a_debian_lock_is_read_back_as_it_was_written(path: Path) -> None:
+    lock = parse_debian_lock(path.read_text(), path.name)
+    assert path.read_text().partition("\n")[2] == lock.text()
+    assert len(lock.base) > 100 and lock.compile["g++"] and lock.image["openmpi-bin"]
+    assert lock.without(lock) == DebianLock()
+
+
 def test_a_lock_with_another_version_is_refused(folder: Path) -> None:
     said = error(change(folder, f"locks/{NAME}.txt", "keras==3.15.1", "keras==3.14.0"))
     assert "keras 3.15.1 was expected in the lock, it has 3.14.0" in said
@@ -244,7 +282,8 @@ def test_locked_splits_a_lock_into_whole_requirements() -> None:
 def test_no_lock_names_an_address(path: Path) -> None:
     text = path.read_text()
     assert "://" not in text
-    assert all("--hash=sha256:" in entry for entry in locked(text).values()) and locked(text)
+    # apt checks Debian's own signature over what each version is.
+    assert path.name.endswith(".debian.txt") or (all("--hash=sha256:" in entry for entry in locked(text).values()) and locked(text))
 
 
 texts = st.recursive(

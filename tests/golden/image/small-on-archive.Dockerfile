@@ -6,13 +6,13 @@ FROM oci-archive:base.tar AS base
 
 FROM base AS python
 
-# what the base lacks
+# what the base lacks, in the versions of the lock
 RUN --mount=type=bind,from=build,target=/mnt \
     set -eu; \
     export DEBIAN_FRONTEND=noninteractive; \
     if [ -e /mnt/settings.sh ]; then . /mnt/settings.sh; fi; \
     apt-get update; \
-    apt-get install --yes --no-install-recommends python3; \
+    apt-get install --yes --no-install-recommends -o Dir::Etc::Preferences=/mnt/locks/apt python3; \
     rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/cache/ldconfig/* /var/log/*
 
 # Python packages, every file checked against its hash in the lock
@@ -63,13 +63,13 @@ FROM base AS image
 COPY --from=python /opt/hpcutils-env /opt/hpcutils-env
 COPY files/0-motd /etc/motd
 
-# what the base lacks
+# what the base lacks, in the versions of the lock
 RUN --mount=type=bind,from=build,target=/mnt \
     set -eu; \
     export DEBIAN_FRONTEND=noninteractive; \
     if [ -e /mnt/settings.sh ]; then . /mnt/settings.sh; fi; \
     apt-get update; \
-    apt-get install --yes --no-install-recommends python3; \
+    apt-get install --yes --no-install-recommends -o Dir::Etc::Preferences=/mnt/locks/apt python3; \
     rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/cache/ldconfig/* /var/log/*
 
 # modes of copied files

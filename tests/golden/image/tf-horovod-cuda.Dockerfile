@@ -25,8 +25,8 @@ RUN --mount=type=bind,from=build,target=/mnt \
         cp -r /mnt/wheels /opt/wheels; \
     else \
         apt-get update; \
-        apt-get install --yes --no-install-recommends cmake g++ libfarmhash-dev libhdf5-openmpi-dev libhighwayhash-dev \
-            libopenmpi-dev make pkg-config python3-dev; \
+        apt-get install --yes --no-install-recommends -o Dir::Etc::Preferences=/mnt/locks/apt cmake g++ \
+            libfarmhash-dev libhdf5-openmpi-dev libhighwayhash-dev libopenmpi-dev make pkg-config python3-dev; \
         rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/cache/ldconfig/* /var/log/*; \
         /opt/hpcutils-env/bin/pip install --no-cache-dir --no-compile --no-deps --require-hashes --only-binary=:all: \
             --target /opt/tools --requirement /mnt/locks/tools.txt; \
@@ -70,14 +70,14 @@ RUN \
 FROM base AS image
 COPY --from=python /opt/hpcutils-env /opt/hpcutils-env
 
-# system packages
+# system packages, in the versions of the lock
 RUN --mount=type=bind,from=build,target=/mnt \
     set -eu; \
     export DEBIAN_FRONTEND=noninteractive; \
     if [ -e /mnt/settings.sh ]; then . /mnt/settings.sh; fi; \
     apt-get update; \
-    apt-get install --yes --no-install-recommends graphviz libhdf5-openmpi-103-1 libhdf5-openmpi-hl-100 \
-        openmpi-bin; \
+    apt-get install --yes --no-install-recommends -o Dir::Etc::Preferences=/mnt/locks/apt graphviz \
+        libhdf5-openmpi-103-1 libhdf5-openmpi-hl-100 openmpi-bin; \
     rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/cache/ldconfig/* /var/log/*; \
     if command -v fc-cache; then mkdir -p /usr/share/fonts /usr/local/share/fonts; find /usr/share/fonts /usr/local/share/fonts -type d -exec touch -d '2025-01-01 00:00:00 UTC' {} +; fc-cache -sf; fi; \
     find /etc/fonts /usr /var -xdev -newermt '2025-01-01 00:00:00 UTC' -exec touch -h -d '2025-01-01 00:00:00 UTC' {} +
