@@ -12,7 +12,7 @@ from typing import Any
 
 import hpcutils
 from hpcutils.errors import ImageError
-from hpcutils.fs import publish, publishing, remove, temporary_beside, write_text
+from hpcutils.fs import fsync_path, publish, publishing, remove, temporary_beside, write_text
 from hpcutils.hashing import digest_file
 from hpcutils.image.builders import Finding, check_builder_rights, choose, explain, gather_facts, look_for_builders
 from hpcutils.image.caller import plain_environment
@@ -29,7 +29,7 @@ from hpcutils.image.retention import tidy
 from hpcutils.image.sbom import cyclonedx
 from hpcutils.image.selftest import TEST_ENVIRONMENT, Report, run_self_tests
 from hpcutils.image.trust import identity, remember
-from hpcutils.image.workspace import ending_on_sigterm, one_at_a_time, workspace
+from hpcutils.image.workspace import ending_on_signals, one_at_a_time, sweep, workspace
 from hpcutils.log import LOGGER
 from hpcutils.specs.recipe import DebianBase
 
@@ -107,7 +107,8 @@ def _build(plan: BuildPlan, wanted: str | None, *, relock: bool) -> tuple[Built,
     findings = look_for_builders(plan.format, gather_facts(temporary))
     builder = choose(findings, wanted)
     why = explain(builder, findings)
-    with ending_on_sigterm(), one_at_a_time(plan.environment.parent / f".{name}.lock", f"waiting for another build of {name}"):
+    with ending_on_signals(), one_at_a_time(plan.environment.parent / f".{name}.lock", f"waiting for another build of {name}"):
+        sweep(plan)
         if plan.to_make():
             plan = with_usable_lock(plan, machine, relock=relock)
         # The one that was waited for may have made it.
@@ -153,7 +154,7 @@ def _make(plan: BuildPlan, to_make: tuple[str, ...], place: Place) -> dict[str, 
 
 def _publish_image(plan: BuildPlan, layer: str, place: Place, seconds: dict[str, float], started: float) -> None:
     """Put the image together, test it, and only then let it be seen: its file, what is known of it, its name."""
-    with publishing(plan.image, suffix=SUFFIXES[plan.format]) as target, _taking_back(plan):
+    with _taking_back(plan), publishing(plan.image, suffix=SUFFIXES[plan.format]) as target:
         report = _make_sif(plan, target, place) if plan.format == "apptainer" else _make_archive(plan, target, place)
         if report.failed():
             raise ImageError("\n".join(["the image was built, but its self-test failed:", *report.failed()]))
@@ -161,6 +162,8 @@ def _publish_image(plan: BuildPlan, layer: str, place: Place, seconds: dict[str,
         spent = {**seconds, layer: round(time.monotonic() - started, 1)}
         sidecar = _sidecar(plan, target, place, report, spent)
         bill = cyclonedx(plan.files.recipe.name, plan.digest, sidecar["sha256"], report.packages)
+        # Flushed now, so that no time passes between the names of the sidecar and of the image.
+        fsync_path(target)
         # Before the image: one without a sidecar would count as unfinished, one with the old sidecar must not be seen.
         write_text(sbom_of(plan.image), json.dumps(bill, indent=1) + "\n")
         write_text(sidecar_of(plan.image), json.dumps(sidecar, indent=1) + "\n")
@@ -171,14 +174,28 @@ def _publish_image(plan: BuildPlan, layer: str, place: Place, seconds: dict[str,
 
 @contextlib.contextmanager
 def _taking_back(plan: BuildPlan) -> Iterator[None]:
-    """Remove what was written beside an image that then did not come."""
+    """Give an image that is there already its own sidecar back when the new image did not come."""
+    known = {path: _content(path) for path in (sbom_of(plan.image), sidecar_of(plan.image))}
+    before = _number(plan.image)
     try:
         yield
     except BaseException:
-        if not plan.image.exists():
-            remove(sbom_of(plan.image))
-            remove(sidecar_of(plan.image))
+        if _number(plan.image) == before:
+            for path, content in known.items():
+                if content is None:
+                    remove(path)
+                else:
+                    write_text(path, content)
         raise
+
+
+def _content(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _number(path: Path) -> int | None:
+    """Return what tells a file from the one that takes its name."""
+    return path.stat().st_ino if path.exists() else None
 
 
 def _make_sif(plan: BuildPlan, target: Path, place: Place) -> Report:

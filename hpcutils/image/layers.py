@@ -203,8 +203,13 @@ def keep_wheels(made: Path, wheels: Path) -> None:
     """Give freshly compiled wheels their place, also when a later step failed: they take longest."""
     if wheels.is_dir() or not (made / ".complete").exists():
         return
-    with publishing(wheels) as temporary:
-        shutil.copytree(made, temporary)
+    try:
+        with publishing(wheels) as temporary:
+            shutil.copytree(made, temporary)
+    except OSError:
+        # Another recipe with equal wheels was faster: a folder does not take the place of one that has something in it.
+        if not wheels.is_dir():
+            raise
 
 
 def _write_private(path: Path, text: str) -> None:
