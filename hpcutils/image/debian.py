@@ -22,7 +22,7 @@ from hpcutils.image.plan import find_recipe, recipe_roots
 from hpcutils.shell import run
 from hpcutils.specs.debian import NO_VERSION, DebianLock, changes, parse_debian_lock
 from hpcutils.specs.recipe import DebianBase, ImageBase, Recipe
-from hpcutils.specs.recipe_file import checked, own_data, recipe_data
+from hpcutils.specs.recipe_file import checked_recipe, own_data
 
 SHOWN = 20
 
@@ -135,7 +135,7 @@ def plan_debian_lock(name: str) -> DebianStep | None:
         SpecError: No such recipe, or it is not right.
     """
     path = find_recipe(name)
-    recipe = checked(recipe_data(path, recipe_roots()), path.name)
+    recipe = checked_recipe(path, recipe_roots())
     system = own_data(path).get("system", {})
     own = [*([system["lock"]] if "lock" in system else []), *system.get("extra_locks", [])]
     named = [*([recipe.system.lock] if recipe.system.lock else []), *recipe.system.extra_locks]

@@ -19,7 +19,7 @@ from hpcutils.image.machine import Machine, network, pip_settings, without_addre
 from hpcutils.image.plan import find_recipe, recipe_roots
 from hpcutils.shell import run
 from hpcutils.specs.recipe import Recipe
-from hpcutils.specs.recipe_file import checked, locked, own_data, recipe_data, version_of
+from hpcutils.specs.recipe_file import checked_recipe, locked, own_data, version_of
 
 RESOLVE_S = 600.0
 # pip's settings by the variables that say the same to uv.
@@ -94,7 +94,7 @@ def plan_lock(name: str, *, needed: bool = True) -> tuple[Resolution, ...]:
         SpecError: No such recipe, or no `.in` file beside any of its locks.
     """
     path = find_recipe(name)
-    recipe = checked(recipe_data(path, recipe_roots()), path.name)
+    recipe = checked_recipe(path, recipe_roots())
     own = set(_words(own_data(path)))
     found = tuple(step for step in _resolutions(recipe) if str(step.lock) in own and step.source.is_file())
     if needed and not found:

@@ -15,7 +15,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
 from hpcutils.errors import SpecError
-from hpcutils.specs.recipe_file import problem
+from hpcutils.specs.recipe_file import location_of, problem
+from hpcutils.specs.toml_places import not_toml, places
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -96,8 +97,8 @@ class Folders(Closed):
 class Limits(Closed):
     """What a partition gives at most: asking for more is told at once, not after an hour in the queue."""
 
-    nodes: int | None = Field(default=None, ge=1)
-    gpus_per_node: int | None = Field(default=None, ge=0)
+    nodes: int | None = Field(default=None, ge=1, strict=True)
+    gpus_per_node: int | None = Field(default=None, ge=0, strict=True)
     time: OneLine | None = None
 
 
@@ -163,7 +164,7 @@ def load_site(environ: Mapping[str, str] | None = None) -> Site:
     """Return the site's profile; all defaults where there is no file.
 
     Raises:
-        SpecError: The file cannot be read as meant; a line `file: key: what is wrong` for each problem.
+        SpecError: The file cannot be read as meant; a line `file:line:column: key: what is wrong` for each problem.
     """
     path = site_file(environ)
     return Site() if path is None else parse_site(_read(path), path.name)
@@ -174,9 +175,11 @@ def parse_site(text: str, name: str) -> Site:
     try:
         return Site.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as exc:
-        raise SpecError(f"{name}: not valid TOML: {exc}") from exc
+        raise not_toml(exc, name) from exc
     except ValidationError as exc:
-        raise SpecError("\n".join(f"{name}: {problem(row, Site)}" for row in exc.errors())) from exc
+        known = places(text, name)
+        lines = [f"{known.find(location_of(row))[1]}: {problem(row, Site)}" for row in exc.errors()]
+        raise SpecError("\n".join(lines)) from exc
 
 
 def _read(path: Path) -> str:

@@ -75,7 +75,7 @@ def test_the_search_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('mpi = "pmix_v4"', 'mpy = "pmix"', "site.toml: launch.mpy: unknown key; did you mean 'mpi'?"),
+        ('mpi = "pmix_v4"', 'mpy = "pmix"', "site.toml:4:1: launch.mpy: unknown key; did you mean 'mpi'?"),
         ('gpus = "gres"', 'gpus = "gpu"', "launch.gpus: Input should be"),
         ('sha256 = "ab', 'sha256 = "xy', "images.standard.sha256: "),
         ('path = "/apps/', 'path = "apps/', "images.standard.path: "),
