@@ -238,6 +238,17 @@ def test_the_names_of_files_beside_a_recipe_do_not_count(tmp_path: Path) -> None
     assert image_digest(read_recipe(path), CODE) == image_digest(read_recipe(RECIPE), CODE)
 
 
+def test_a_files_mode_counts_not_who_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may execute what has any x at all, its owner may not: the digest is the same."""
+    (tmp_path / "hpcutils").mkdir()
+    for name, mode in {"group.py": 0o654, "plain.py": 0o644}.items():
+        (tmp_path / "hpcutils" / name).write_text("")
+        (tmp_path / "hpcutils" / name).chmod(mode)
+    monkeypatch.setattr(os, "access", lambda *words: False)
+    executable = {file.name: file.executable for file in code_files(tmp_path / "hpcutils")}
+    assert (executable["hpcutils/group.py"], executable["hpcutils/plain.py"]) == (True, False)
+
+
 def test_caches_of_python_are_no_code(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "hpcutils/image", tmp_path / "hpcutils", ignore=shutil.ignore_patterns("__pycache__"))
     before = code_files(tmp_path / "hpcutils")
