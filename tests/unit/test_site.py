@@ -45,6 +45,12 @@ note = "take standard-2"
 """
 
 
+@pytest.fixture(autouse=True)
+def somebody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whom the profile's folders are named after: a variable that nobody has set is refused."""
+    monkeypatch.setenv("SOMEBODY", "ada")
+
+
 def digits(**resources: object) -> Job:
     job = load_job(ROOT / "jobs/digits/train.yaml")
     return job.model_copy(update={"resources": job.resources.model_copy(update=resources)})
@@ -92,8 +98,7 @@ def test_a_wrong_key_or_value_is_told(old: str, new: str, message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_a_profile_changes_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOMEBODY", "ada")
+def test_a_profile_changes_the_request() -> None:
     parameters, argv = request(parse_site(WHOLE, "site.toml"))
     assert parameters["srun_args"][0] == "--mpi=pmix_v4"
     assert parameters["partition"] == "gpu"
