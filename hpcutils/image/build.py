@@ -104,7 +104,7 @@ def _build(plan: BuildPlan, wanted: str | None, *, relock: bool) -> tuple[Built,
     name = plan.files.recipe.name
     machine = this_machine()
     temporary = machine.temporary()
-    findings = look_for_builders(plan.format, gather_facts(temporary))
+    findings = look_for_builders(plan.format, gather_facts(temporary), on_archive=plan.files.archive is not None)
     builder = choose(findings, wanted)
     why = explain(builder, findings)
     with ending_on_signals(), one_at_a_time(plan.environment.parent / f".{name}.lock", f"waiting for another build of {name}"):
@@ -236,12 +236,18 @@ def _sidecar(plan: BuildPlan, target: Path, place: Place, report: Report, second
         # Empty where the recipe's own Debian lock was used.
         "relocked": list(plan.relocked),
         "builder": {"name": place.builder.name, "version": place.builder.version, "why": place.why},
-        "tools": versions(place.builder.name, place.builder.version),
+        "tools": versions(place.builder.name, place.builder.version, _tools(plan)),
         "seconds": dict(seconds),
         "python": report.python,
         "packages": {kind: dict(found) for kind, found in report.packages.items()},
         "self_test": [dict(check) for check in report.checks],
     }
+
+
+def _tools(plan: BuildPlan) -> tuple[str, ...]:
+    """Return the programs that a build needs beside its builder."""
+    bootstrap = ("mmdebstrap",) if isinstance(plan.files.recipe.base, DebianBase) else ()
+    return (*bootstrap, *(("mksquashfs",) if plan.format == "apptainer" else ()))
 
 
 def _link(plan: BuildPlan) -> None:

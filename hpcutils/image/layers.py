@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,7 +137,9 @@ def make_environment(files: RecipeFiles, archive: Path, wheels: Path, result: Pa
     (work / BASE_ARCHIVE).symlink_to(archive)
     (work / "environment.def").write_text(definition(files.recipe), encoding="utf-8")
     (work / "apptainer").mkdir()
-    folders = {"APPTAINER_TMPDIR": str(work / "apptainer"), "APPTAINER_CACHEDIR": str(work / "apptainer/cache")}
+    places = {"TMPDIR": work / "apptainer", "CACHEDIR": work / "apptainer/cache"}
+    # Singularity knows its own names only.
+    folders = {f"{program}_{key}": str(place) for program in ("APPTAINER", "SINGULARITY") for key, place in places.items()}
     environment = plain_environment(**network(bench.machine), **folders)
     try:
         with publishing(result, suffix=".sif") as target:
@@ -160,10 +163,10 @@ def make_image(code: tuple[CodeFile, ...], environment: Path, result: Path, benc
     append_folder(bench.builder, environment, top, result, bench.folder, DATE_S)
 
 
-def versions(name: str, version: str) -> dict[str, str]:
-    """Return the versions of the tools that build: of the builder, which is known, and of those that it needs."""
-    tools = {"mksquashfs": ["mksquashfs", "-version"], "mmdebstrap": ["mmdebstrap", "--version"]}
-    lines = {tool: run(argv, check=False).stdout.splitlines() for tool, argv in tools.items()}
+def versions(name: str, version: str, tools: Iterable[str]) -> dict[str, str]:
+    """Return the versions of the programs that build: of the builder, which is known, and of the others."""
+    option = {"mksquashfs": "-version"}
+    lines = {tool: run([tool, option.get(tool, "--version")], check=False).stdout.splitlines() for tool in tools}
     return {name: version, **{tool: output[0] if output else "unknown" for tool, output in lines.items()}}
 
 
@@ -219,7 +222,9 @@ def _write_private(path: Path, text: str) -> None:
 
 def show(line: str) -> None:
     """Tell a line of a build's output: the steps for everybody, the rest for those who ask."""
-    if line.startswith("step: "):
-        LOGGER.info(f"  {line.removeprefix('step: ')}")
+    # buildx puts a number and the time in front.
+    step = re.match(r"(?:#\d+ [\d.]+ )?step: (.*)", line)
+    if step is not None:
+        LOGGER.info(f"  {step[1]}")
     else:
         LOGGER.debug(without_addresses(line))

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpcutils.errors import MissingPartError
+from hpcutils.errors import ImageError, MissingPartError
 from hpcutils.image.base import public_sources
 from hpcutils.shell import run
 from hpcutils.specs.site import Build, load_site
@@ -50,8 +50,16 @@ class Machine:
     site: Build = field(default_factory=Build)
 
     def temporary(self) -> Path:
-        """Return the folder for builds."""
-        return Path(self.environ.get("TMPDIR") or self.site.temporary or tempfile.gettempdir())
+        """Return the folder for builds.
+
+        Raises:
+            ImageError: It is not there.
+        """
+        named = {"TMPDIR": self.environ.get("TMPDIR"), "build.temporary of site.toml": self.site.temporary}
+        key, folder = next(((key, folder) for key, folder in named.items() if folder), ("/tmp", tempfile.gettempdir()))
+        if not Path(folder).is_dir():
+            raise ImageError(f"{folder}: no such folder, and {key} says that builds use it", "make it, or name another")
+        return Path(folder)
 
 
 @dataclass(frozen=True)

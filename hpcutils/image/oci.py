@@ -54,8 +54,8 @@ class Engine:
         contexts = [word for name in ("build", "code") for word in ("--build-context", f"{name}={self.folder / CONTEXTS[name]}")]
         file = ["--file", str(self.folder / "context/Dockerfile")]
         if self.name == "docker":
-            output = ["--output", f"type=oci,dest={target}"]
-            return [*self.words(), "buildx", "build", *file, *contexts, *output, str(self.folder / "context")]
+            words, output = ["buildx", "build", "--progress", "plain"], ["--output", f"type=oci,dest={target}"]
+            return [*self.words(), *words, *file, *contexts, *output, str(self.folder / "context")]
         # chroot needs no namespaces but the user's own: it works inside of other containers.
         options = ["--isolation", "chroot", "--format", "oci", "--tag", tag]
         return [*self.words(), "build", *options, *file, *contexts, str(self.folder / "context")]

@@ -268,7 +268,8 @@ def _plain(title: str) -> str:
 
 def _docker_step(step: Step) -> list[str]:
     """One RUN; shell lines are joined by `;`, except where a compound command goes on."""
-    lines = ["set -eu", *(MACHINE_SETTINGS if step.needs_build_folder else ()), *step.lines]
+    told = f"echo 'step: {_plain(step.title)}'"
+    lines = ["set -eu", told, *(MACHINE_SETTINGS if step.needs_build_folder else ()), *step.lines]
     mount = "--mount=type=bind,from=build,target=/mnt " if step.needs_build_folder else ""
     body = "\n".join([*(f"    {_docker_line(line)}" for line in lines[:-1]), f"    {lines[-1]}"])
     return [f"# {step.title}", f"RUN {mount}\\\n{body}"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hpcutils.errors import ImageError
 from hpcutils.image.machine import (
     AptEntry,
     Machine,
@@ -197,9 +198,15 @@ def test_certificates_are_the_users_then_the_sites_then_the_machines(tmp_path: P
 
 
 def test_the_folder_for_builds(tmp_path: Path) -> None:
-    site = Build(temporary="/roomy")
-    assert Machine({}, tmp_path, site=site).temporary() == Path("/roomy")
-    assert Machine({"TMPDIR": "/mine"}, tmp_path, site=site).temporary() == Path("/mine")
+    for name in ("roomy", "mine"):
+        (tmp_path / name).mkdir()
+    site = Build(temporary=str(tmp_path / "roomy"))
+    assert Machine({}, tmp_path, site=site).temporary() == tmp_path / "roomy"
+    assert Machine({"TMPDIR": str(tmp_path / "mine")}, tmp_path, site=site).temporary() == tmp_path / "mine"
+    with pytest.raises(ImageError, match=r"/gone: no such folder, and TMPDIR says"):
+        Machine({"TMPDIR": "/gone"}, tmp_path, site=site).temporary()
+    with pytest.raises(ImageError, match=r"build\.temporary of site\.toml says"):
+        Machine({}, tmp_path, site=Build(temporary="/gone")).temporary()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ FROM base AS python
 # Python packages, every file checked against its hash in the lock
 RUN --mount=type=bind,from=build,target=/mnt \
     set -eu; \
+    echo 'step: Python packages, every file checked against its hash in the lock'; \
     export DEBIAN_FRONTEND=noninteractive; \
     if [ -e /mnt/settings.sh ]; then . /mnt/settings.sh; fi; \
     python3 -m venv /opt/hpcutils-env; \
@@ -19,6 +20,7 @@ RUN --mount=type=bind,from=build,target=/mnt \
 # h5py 3.14.0 and horovod 0.28.1, compiled against the packages above
 RUN --mount=type=bind,from=build,target=/mnt \
     set -eu; \
+    echo 'step: h5py 3.14.0 and horovod 0.28.1, compiled against the packages above'; \
     export DEBIAN_FRONTEND=noninteractive; \
     if [ -e /mnt/settings.sh ]; then . /mnt/settings.sh; fi; \
     if [ -e /mnt/wheels/.complete ]; then \
@@ -56,6 +58,7 @@ RUN --mount=type=bind,from=build,target=/mnt \
 # the compiled packages
 RUN --mount=type=bind,from=build,target=/mnt \
     set -eu; \
+    echo 'step: the compiled packages'; \
     export DEBIAN_FRONTEND=noninteractive; \
     if [ -e /mnt/settings.sh ]; then . /mnt/settings.sh; fi; \
     /opt/hpcutils-env/bin/pip install --no-cache-dir --no-compile --no-deps --no-index /opt/wheels/*.whl
@@ -63,6 +66,7 @@ RUN --mount=type=bind,from=build,target=/mnt \
 # nothing is installed into a finished image; compiled files, and dates
 RUN \
     set -eu; \
+    echo 'step: nothing is installed into a finished image; compiled files, and dates'; \
     /opt/hpcutils-env/bin/pip uninstall --yes pip; \
     python3 -m compileall -q -f -j 0 --invalidation-mode unchecked-hash /opt/hpcutils-env/lib >/dev/null || true; \
     find /opt/hpcutils-env -xdev -newermt '2025-01-01 00:00:00 UTC' -exec touch -h -d '2025-01-01 00:00:00 UTC' {} +
@@ -73,6 +77,7 @@ COPY --from=python /opt/hpcutils-env /opt/hpcutils-env
 # system packages, in the versions of the lock
 RUN --mount=type=bind,from=build,target=/mnt \
     set -eu; \
+    echo 'step: system packages, in the versions of the lock'; \
     export DEBIAN_FRONTEND=noninteractive; \
     if [ -e /mnt/settings.sh ]; then . /mnt/settings.sh; fi; \
     apt-get update; \
@@ -85,6 +90,7 @@ RUN --mount=type=bind,from=build,target=/mnt \
 # where Python finds the packages, and hpcutils' own code, which comes last
 RUN \
     set -eu; \
+    echo 'step: where Python finds the packages, and hpcutils own code, which comes last'; \
     echo /hpcutils-src > /opt/hpcutils-env/lib/python3.11/site-packages/hpcutils.pth; \
     mkdir -p /usr/local/lib/python3.11/dist-packages; \
     echo 'import site; site.addsitedir("/opt/hpcutils-env/lib/python3.11/site-packages")' > /usr/local/lib/python3.11/dist-packages/hpcutils-env.pth; \
