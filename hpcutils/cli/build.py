@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 if TYPE_CHECKING:
-    from hpcutils.image.build import Built
+    from hpcutils.image.finished import Built
     from hpcutils.image.plan import BuildPlan
 
 
@@ -59,7 +59,20 @@ def build(
 
 def _build(plan: BuildPlan, builder: str | None, relock: bool, prune: bool) -> Built:
     from hpcutils import log
-    from hpcutils.image.build import run_build
+    from hpcutils.image.finished import finished, up_to_date
 
     log.configure()
-    return run_build(plan, builder, relock=relock, prune=prune)
+    known = finished(plan, relock=relock)
+    built, carried_out = (up_to_date(known), known) if known is not None else _made(plan, builder, relock)
+    if prune:
+        from hpcutils.image.retention import prune as remove_older
+
+        remove_older(carried_out)
+    return built
+
+
+def _made(plan: BuildPlan, builder: str | None, relock: bool) -> tuple[Built, BuildPlan]:
+    # All that builds: of no use, and not imported, where nothing is to be done.
+    from hpcutils.image.build import run_build
+
+    return run_build(plan, builder, relock=relock)

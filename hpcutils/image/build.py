@@ -12,19 +12,19 @@ from typing import Any
 
 import hpcutils
 from hpcutils.errors import ImageError
-from hpcutils.fs import fsync_path, publish, publishing, remove, temporary_beside, write_text
+from hpcutils.fs import fsync_path, publishing, remove, write_text
 from hpcutils.hashing import digest_file
 from hpcutils.image.builders import Finding, check_builder_rights, choose, explain, gather_facts, look_for_builders
 from hpcutils.image.caller import plain_environment
 from hpcutils.image.digest import base_digest, debian_lock, environment_digest, wheels_digest
 from hpcutils.image.exec_line import exec_argv
 from hpcutils.image.find import read_sidecar, sbom_of, sidecar_of
+from hpcutils.image.finished import Built, link, up_to_date
 from hpcutils.image.layers import Workbench, check_versions, make_base, make_environment, make_image, versions
 from hpcutils.image.machine import network, this_machine
 from hpcutils.image.oci import Engine, entering, make_oci
 from hpcutils.image.plan import SUFFIXES, BuildPlan
-from hpcutils.image.relock import renewed_before, with_usable_lock
-from hpcutils.image.retention import prune as remove_older
+from hpcutils.image.relock import with_usable_lock
 from hpcutils.image.retention import tidy
 from hpcutils.image.sbom import cyclonedx
 from hpcutils.image.selftest import TEST_ENVIRONMENT, Report, run_self_tests
@@ -51,32 +51,7 @@ class Place:
     why: str
 
 
-@dataclass(frozen=True)
-class Built:
-    """A finished image.
-
-    Args:
-        path: The file.
-        digest: Digest of all that went in.
-        sha256: Digest of the file.
-        size_bytes: Its size.
-        made: Layers that were made for it; empty when it was up to date.
-        seconds: How long that took.
-    """
-
-    path: Path
-    digest: str
-    sha256: str
-    size_bytes: int
-    made: tuple[str, ...]
-    seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as plain data."""
-        return {**vars(self), "path": str(self.path), "made": list(self.made)}
-
-
-def run_build(plan: BuildPlan, wanted: str | None = None, *, relock: bool = False, prune: bool = False) -> Built:
+def run_build(plan: BuildPlan, wanted: str | None = None, *, relock: bool = False) -> tuple[Built, BuildPlan]:
     """Make the layers that are missing, test the image, and publish it under its name.
 
     Until the last moment the old image keeps the name; a build that fails, or is ended, leaves nothing but finished layers.
@@ -85,22 +60,14 @@ def run_build(plan: BuildPlan, wanted: str | None = None, *, relock: bool = Fals
         plan: What to make.
         wanted: The builder to use; the first that works when left out.
         relock: Where locked Debian packages are gone, take what there is, and say so.
-        prune: Remove all older images of this recipe afterwards, but those of jobs in the queue.
+
+    Returns:
+        What was built, and the plan that was carried out: `relock` may change it.
 
     Raises:
         ImageError: Locked Debian packages are gone, a layer could not be made, the self-test failed, or this user cannot build.
         MissingPartError: A tool is not installed.
     """
-    earlier = renewed_before(plan) if relock else None
-    known = next((each for each in (plan, earlier) if each is not None and not each.to_make()), None)
-    built, plan = (_up_to_date(known), known) if known is not None else _build(plan, wanted, relock=relock)
-    if prune:
-        remove_older(plan)
-    return built
-
-
-def _build(plan: BuildPlan, wanted: str | None, *, relock: bool) -> tuple[Built, BuildPlan]:
-    """Build, and return also the plan that was carried out: `relock` may change it."""
     name = plan.files.recipe.name
     machine = this_machine()
     temporary = machine.temporary()
@@ -114,7 +81,7 @@ def _build(plan: BuildPlan, wanted: str | None, *, relock: bool) -> tuple[Built,
         # The one that was waited for may have made it.
         to_make = plan.to_make()
         if not to_make:
-            return _up_to_date(plan), plan
+            return up_to_date(plan), plan
         LOGGER.info(f"{name}: {why}")
         started = time.monotonic()
         with workspace(temporary) as folder:
@@ -125,14 +92,6 @@ def _build(plan: BuildPlan, wanted: str | None, *, relock: bool) -> tuple[Built,
         LOGGER.info(f"{name}: built in {took:g} s ({', '.join(f'{layer} {s:g} s' for layer, s in seconds.items())})")
         tidy(plan)
         return Built(plan.image, plan.digest, sidecar["sha256"], sidecar["size_bytes"], to_make, took), plan
-
-
-def _up_to_date(plan: BuildPlan) -> Built:
-    """Let the name lead to the image that is there (it may have led to another version of the code)."""
-    _link(plan)
-    LOGGER.info(f"{plan.files.recipe.name}: up to date")
-    sidecar = read_sidecar(plan.image)
-    return Built(plan.image, plan.digest, sidecar["sha256"], sidecar["size_bytes"], (), 0.0)
 
 
 def _make(plan: BuildPlan, to_make: tuple[str, ...], place: Place) -> dict[str, float]:
@@ -169,7 +128,7 @@ def _publish_image(plan: BuildPlan, layer: str, place: Place, seconds: dict[str,
         write_text(sidecar_of(plan.image), json.dumps(sidecar, indent=1) + "\n")
     # Known from the start, so that no job has to read it first.
     remember(plan.image, "", sidecar["sha256"], identity(plan.image))
-    _link(plan)
+    link(plan)
 
 
 @contextlib.contextmanager
@@ -248,15 +207,3 @@ def _tools(plan: BuildPlan) -> tuple[str, ...]:
     """Return the programs that a build needs beside its builder."""
     bootstrap = ("mmdebstrap",) if isinstance(plan.files.recipe.base, DebianBase) else ()
     return (*bootstrap, *(("mksquashfs",) if plan.format == "apptainer" else ()))
-
-
-def _link(plan: BuildPlan) -> None:
-    if plan.link.is_symlink() and plan.link.readlink().name == plan.image.name:
-        return
-    temporary = temporary_beside(plan.link)
-    temporary.symlink_to(plan.image.name)
-    try:
-        publish(temporary, plan.link)
-    except BaseException:
-        remove(temporary)
-        raise

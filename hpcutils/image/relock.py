@@ -7,32 +7,16 @@ of its own, and says so.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
 
 from hpcutils.errors import MissingPartError
 from hpcutils.fs import write_text
 from hpcutils.image.debian import check_available, index_of, missing, resolve
-from hpcutils.image.digest import debian_lock, environment_digest
-from hpcutils.image.find import cache_folder
+from hpcutils.image.digest import debian_lock
+from hpcutils.image.finished import renewed_before, renewed_lock, with_lock
 from hpcutils.image.machine import Machine
-from hpcutils.image.plan import SHORT, BuildPlan, plan_of
+from hpcutils.image.plan import SHORT, BuildPlan
 from hpcutils.log import LOGGER
-from hpcutils.specs.debian import changes
 from hpcutils.specs.recipe import DebianBase
-
-
-def renewed_lock(plan: BuildPlan) -> Path:
-    """Return where the lock is that stands for the plan's own on this machine."""
-    return cache_folder() / f"locks/{plan.files.recipe.name}-{environment_digest(plan.files)[:SHORT]}.debian.txt"
-
-
-def renewed_before(plan: BuildPlan) -> BuildPlan | None:
-    """Return the plan with the lock that was renewed here earlier, if it was. Starts nothing."""
-    try:
-        return _with_lock(plan, renewed_lock(plan).read_text(encoding="utf-8"))
-    except OSError:
-        return None
 
 
 def with_usable_lock(plan: BuildPlan, machine: Machine, *, relock: bool) -> BuildPlan:
@@ -61,7 +45,7 @@ def with_usable_lock(plan: BuildPlan, machine: Machine, *, relock: bool) -> Buil
         # Without apt on this machine the build itself finds out.
         return plan
     write_text(renewed_lock(plan), f"# Renewed for this machine by 'hpcutils build --relock'.\n{renewed.text()}")
-    return _told(plan, _with_lock(plan, renewed_lock(plan).read_text(encoding="utf-8")))
+    return _told(plan, with_lock(plan, renewed_lock(plan).read_text(encoding="utf-8")))
 
 
 def fetched(plan: BuildPlan) -> Mapping[str, str]:
@@ -72,13 +56,6 @@ def fetched(plan: BuildPlan) -> Mapping[str, str]:
         found |= lock.image
         found |= {} if plan.wheels.is_dir() or not recipe.compile.packages else lock.compile
     return found
-
-
-def _with_lock(plan: BuildPlan, text: str) -> BuildPlan:
-    files = replace(plan.files, debian_lock=text)
-    return replace(
-        plan_of(files, format=plan.format, force=plan.force), relocked=changes(debian_lock(plan.files), debian_lock(files))
-    )
 
 
 def _told(plan: BuildPlan, other: BuildPlan) -> BuildPlan:

@@ -232,7 +232,7 @@ def read_debian_lock(recipe: Recipe, path: Path) -> str:
 def check_debian_lock(recipe: Recipe, text: str, where: Where) -> None:
     """Raise `SpecError` where a Debian package that the recipe asks for is not locked: it would be another one next month."""
     hint = f"'hpcutils image lock {recipe.name}' makes the locks; a recipe that adds to another names its own in system.extra_locks"
-    lock = parse_debian_lock(text, f"{where(('system', 'lock'))}: system.lock")
+    lock = parse_debian_lock(text, Path(recipe.system.lock or "system.lock").name)
     asked = {
         "base.packages": (recipe.base.packages, lock.base if isinstance(recipe.base, DebianBase) else lock.versions()),
         "system.packages": (recipe.system.packages, {**lock.base, **lock.image}),

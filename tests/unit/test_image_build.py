@@ -174,3 +174,17 @@ def test_a_build_under_nohup_goes_on_when_its_terminal_is_gone() -> None:
         "with ending_on_signals():\n    os.kill(os.getpid(), signal.SIGHUP)\nprint('done')"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "done\n"
+
+
+def test_a_build_with_nothing_to_do_imports_nothing_that_builds(plan: BuildPlan) -> None:
+    """It is to be over in a fraction of a second, most of which is importing."""
+    plan.image.parent.mkdir(parents=True, exist_ok=True)
+    plan.image.write_bytes(b"sif")
+    sidecar_of(plan.image).write_text(json.dumps({"digest": plan.digest, "size_bytes": 3, "sha256": "f" * 64}))
+    code = (
+        "import sys\nfrom hpcutils.cli import cli\ncli(['build', 'tf-horovod-cpu'], standalone_mode=False)\n"
+        "print([name for name in sys.modules if name in ('tarfile', 'configparser', 'hpcutils.image.build')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [str(plan.image), "[]"] and "up to date" in done.stderr
+    assert plan.link.resolve() == plan.image

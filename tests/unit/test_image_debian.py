@@ -11,11 +11,12 @@ from hpcutils.errors import ImageError
 from hpcutils.image.apt import installed_versions, preferences
 from hpcutils.image.debian import index_of, plan_debian_lock, run_debian_lock
 from hpcutils.image.digest import debian_lock
+from hpcutils.image.finished import renewed_before, renewed_lock
 from hpcutils.image.layers import check_versions
 from hpcutils.image.lock import renew
 from hpcutils.image.machine import Machine, build_files, sources_text
 from hpcutils.image.plan import BuildPlan, plan_build
-from hpcutils.image.relock import fetched, renewed_before, renewed_lock, with_usable_lock
+from hpcutils.image.relock import fetched, with_usable_lock
 from hpcutils.specs.debian import DebianLock, changes, parse_debian_lock
 from hpcutils.specs.site import Build
 
