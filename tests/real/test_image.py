@@ -157,6 +157,14 @@ def test_python_is_the_one_that_was_promised(sidecar: dict[str, Any]) -> None:
     assert sidecar["python"].startswith("3.11.")
 
 
+def test_the_image_takes_little_more_than_its_packages(built: dict[str, Any]) -> None:
+    """The limit is the project's own; what is over is what no package has: folders, caches, leftovers of a build."""
+    sizes = json.loads(as_user("hpcutils", "image", "show", built["path"], "--sizes", "--json").stdout)["sizes"]
+    needed = sum(sizes["python"].values()) + sum(sizes["debian"].values())
+    assert needed > 10**9
+    assert sizes["all_files"] <= 1.2 * needed
+
+
 def test_nothing_of_the_build_is_left(built: dict[str, Any]) -> None:
     script = """
         for program in gcc g++ cmake make; do command -v $program && echo "a compiler: $program"; done
@@ -457,6 +465,10 @@ def test_the_same_recipe_for_docker_and_on_top_of_an_archive(built: dict[str, An
     made = as_user(*words, "--format", "docker", "--builder", "buildah", **variables)
     archive = json.loads(made.stdout)
     assert archive["path"].endswith(".oci.tar") and "built by buildah" in made.stderr
+    assert list((home / "tmp").iterdir()) == []
+    # An archive can be tested at any time, as a SIF can, and leaves as little behind.
+    tested = json.loads(as_user("hpcutils", "image", "test", archive["path"], "--json", **variables).stdout)
+    assert tested["ok"] and {check["check"] for check in tested["checks"]} == {"mode", "variable", "code", "compiled"}
     assert list((home / "tmp").iterdir()) == []
     assert "up to date" in as_user(*words, "--format", "docker", **variables).stderr
 
