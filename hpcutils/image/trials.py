@@ -18,6 +18,8 @@ from hpcutils.image.selftest import TEST_ENVIRONMENT, Report, run_self_tests, sl
 from hpcutils.image.workspace import workspace
 from hpcutils.specs.site import Launch, Site
 
+# Ranks of a test may outnumber the cores: waiting ones must not spin. (In one container mpirun is told so.)
+RANK_ENVIRONMENT = {"OMPI_MCA_mpi_yield_when_idle": "1"}
 TEST_VARIABLE, GPU_VARIABLE = "HPCUTILS_TEST_FOLDER", "HPCUTILS_TEST_GPU"
 GPU_VARIANTS = ("cuda", "rocm")
 
@@ -74,7 +76,8 @@ def try_on_cluster(image: Image, site: Site, nodes: int, ranks: int, partition: 
     options = [] if chosen is None else [f"--partition={chosen}"]
     options += gpu_options(site.launch, nodes, ranks) if wanted else []
     with tempfile.TemporaryDirectory(prefix=".hpcutils-test-", dir=Path.cwd()) as folder:
-        env = {**site.container.environment, **TEST_ENVIRONMENT, TEST_VARIABLE: folder, **({GPU_VARIABLE: "1"} if wanted else {})}
+        said = {TEST_VARIABLE: folder, **({GPU_VARIABLE: "1"} if wanted else {})}
+        env = {**site.container.environment, **TEST_ENVIRONMENT, **RANK_ENVIRONMENT, **said}
         binds = (*site.container.binds, bind(folder))
         enter = exec_argv(image.path, binds, env, wanted, program=site.container.program, variant=variant_of(image))
         return run_self_tests(enter, passed_on(os.environ), slurm_words(nodes, ranks, options, site.launch.mpi))
