@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     help="A SIF, or an OCI archive for Docker, Podman and Pyxis.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be made, and the whole definition; make nothing.")
-@click.option("--builder", metavar="NAME", help="apptainer, docker, buildah or podman; the first that works when left out.")
+@click.option(
+    "--builder", metavar="NAME", help="apptainer, singularity, docker, buildah or podman; the first that works when left out."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--force", is_flag=True, help="Make every layer again, though it is there.")
 @click.option(
