@@ -200,10 +200,10 @@ def _system(recipe: Recipe) -> Step:
     # and complain that it cannot keep the result.
     folders = "/usr/share/fonts /usr/local/share/fonts"
     dated = f"mkdir -p {folders}; find {folders} -type d -exec touch -d '{DATE}' {{}} +"
-    fonts = f"if command -v fc-cache; then {dated}; fc-cache -sf; fi"
+    fonts = f"if command -v fc-cache; then {dated}; fc-cache -sf; {_dated('/etc/fonts')}; fi"
     install = _apt_install(recipe.system.packages)
     return Step(
-        "system packages, in the versions of the lock", (*install, fonts, _dated("/etc/fonts", "/usr", "/var")) if install else ()
+        "system packages, in the versions of the lock", (*install, fonts, _dated("/usr", "/var")) if install else ()
     )
 
 

@@ -167,6 +167,13 @@ def test_apts_settings_hold_for_the_bootstrap_and_leave_nothing(tmp_path: Path) 
     assert [path for path in root.rglob("*") if path.is_file()] == []
 
 
+def test_an_image_without_fonts_is_built_too() -> None:
+    """Not every recipe has fontconfig: what is in its folder is dated only where there is one."""
+    text = SMALL.replace("[python]", '[system]\npackages = ["git"]\n[python]')
+    lines = [line for step in stages(parse_recipe(text, "small.toml"))[1].steps for line in step.lines if "/etc/fonts" in line]
+    assert len(lines) == 1 and lines[0].startswith("if command -v fc-cache; then ") and lines[0].endswith("; fi")
+
+
 def test_a_recipe_without_compiled_packages_has_no_step_for_them() -> None:
     text = SMALL.replace(SMALL[SMALL.index("packages = [{") : SMALL.index("[environment]")], "")
     assert "wheel" not in definition(parse_recipe(text, "small.toml"))

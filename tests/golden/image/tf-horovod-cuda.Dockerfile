@@ -84,8 +84,8 @@ RUN --mount=type=bind,from=build,target=/mnt \
     apt-get install --yes --no-install-recommends -o Dir::Etc::Preferences=/mnt/locks/apt graphviz \
         libhdf5-openmpi-103-1 libhdf5-openmpi-hl-100 openmpi-bin; \
     rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/cache/ldconfig/* /var/log/*; \
-    if command -v fc-cache; then mkdir -p /usr/share/fonts /usr/local/share/fonts; find /usr/share/fonts /usr/local/share/fonts -type d -exec touch -d '2025-01-01 00:00:00 UTC' {} +; fc-cache -sf; fi; \
-    find /etc/fonts /usr /var -xdev -newermt '2025-01-01 00:00:00 UTC' -exec touch -h -d '2025-01-01 00:00:00 UTC' {} +
+    if command -v fc-cache; then mkdir -p /usr/share/fonts /usr/local/share/fonts; find /usr/share/fonts /usr/local/share/fonts -type d -exec touch -d '2025-01-01 00:00:00 UTC' {} +; fc-cache -sf; find /etc/fonts -xdev -newermt '2025-01-01 00:00:00 UTC' -exec touch -h -d '2025-01-01 00:00:00 UTC' {} +; fi; \
+    find /usr /var -xdev -newermt '2025-01-01 00:00:00 UTC' -exec touch -h -d '2025-01-01 00:00:00 UTC' {} +
 
 # where Python finds the packages, and hpcutils' own code, which comes last
 RUN \
