@@ -202,9 +202,7 @@ def _system(recipe: Recipe) -> Step:
     dated = f"mkdir -p {folders}; find {folders} -type d -exec touch -d '{DATE}' {{}} +"
     fonts = f"if command -v fc-cache; then {dated}; fc-cache -sf; {_dated('/etc/fonts')}; fi"
     install = _apt_install(recipe.system.packages)
-    return Step(
-        "system packages, in the versions of the lock", (*install, fonts, _dated("/usr", "/var")) if install else ()
-    )
+    return Step("system packages, in the versions of the lock", (*install, fonts, _dated("/usr", "/var")) if install else ())
 
 
 def _modes(recipe: Recipe) -> tuple[Step, ...]:
