@@ -64,9 +64,9 @@ def show(name: str, sbom: bool, sizes: bool, as_json: bool) -> None:
 @click.option("--nodes", type=click.IntRange(min=1), help="Nodes of a cluster to test on; without it, this machine.")
 @click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True, help="Ranks of each node.")
 @click.option("--partition", help="Slurm partition.")
-@click.option("--gpu", is_flag=True, help="Hand the GPUs in, and expect one.")
+@click.option("--gpu/--no-gpu", default=None, help="Hand GPUs in, and expect one; left out, an image for GPUs does.")
 @JSON
-def test(name: str, nodes: int | None, ranks: int, partition: str | None, gpu: bool, as_json: bool) -> None:
+def test(name: str, nodes: int | None, ranks: int, partition: str | None, gpu: bool | None, as_json: bool) -> None:
     """Run the self-tests of the image NAME, here or over the nodes of a cluster."""
     from hpcutils.image.listing import known_image
     from hpcutils.image.trials import try_here, try_on_cluster
@@ -92,8 +92,9 @@ def verify(name: str, as_json: bool) -> None:
     from hpcutils.image.listing import known_image
     from hpcutils.specs.site import load_site
 
-    found, published = known_image(name, load_site())
-    verdict = trust.verify(found, published, name, fresh=True)
+    site = load_site()
+    found, published = known_image(name, site)
+    verdict = trust.verify(found, published, name, site=site, fresh=True)
     what = f"{'signed' if verdict.signed else 'unsigned'}{f', {verdict.status}' if verdict.status else ''}"
     emit({**vars(verdict), "path": str(verdict.path)}, as_json, f"ok: {verdict.path} ({what}) sha256 {verdict.sha256}")
 
@@ -116,13 +117,14 @@ def diff(first: str, second: str, with_files: bool, as_json: bool) -> None:
 
 @image.command()
 @click.argument("recipe")
-@click.option("--upgrade", is_flag=True, help="Take the newest versions; without it only what an .in file asks for changes.")
+@click.option("--upgrade", is_flag=True, help="Take the newest versions; without it only what is asked for anew, or gone, changes.")
 @JSON
 def lock(recipe: str, upgrade: bool, as_json: bool) -> None:
-    """Renew the locks of RECIPE: resolve each .in file beside a lock into versions and hashes."""
-    from hpcutils.image.lock import plan_lock, run_lock
+    """Renew the locks of RECIPE: each .in file beside a lock into versions and hashes, and its Debian packages into versions."""
+    from hpcutils.image.lock import renew
+    from hpcutils.image.machine import this_machine
 
-    renewed = [run_lock(step, upgrade=upgrade) for step in plan_lock(recipe)]
+    renewed = renew(recipe, this_machine(), upgrade=upgrade)
     lines = [f"{each.lock.name}: {', '.join(each.changes) or 'as it was'}" for each in renewed]
     emit({each.lock.name: list(each.changes) for each in renewed}, as_json, "\n".join(lines))
 
@@ -132,8 +134,9 @@ def lock(recipe: str, upgrade: bool, as_json: bool) -> None:
 def builders(as_json: bool) -> None:
     """Say which programs can build images here, and why the others cannot."""
     from hpcutils.image.builders import NAMES, gather_facts, look_for_builders
+    from hpcutils.image.machine import this_machine
 
-    facts = gather_facts()
+    facts = gather_facts(this_machine().temporary())
     found = [finding for image_format in NAMES for finding in look_for_builders(image_format, facts)]
     lines = [f"{finding.format:<10} {finding.describe()}" for finding in found]
     emit({"builders": [vars(finding) for finding in found]}, as_json, "\n".join(lines))
@@ -168,8 +171,9 @@ def _say(alias: str, status: Literal["current", "deprecated", "withdrawn"], note
 def _publish(name: str, alias: str, folder: Path, key: int | None, dry_run: bool) -> str:
     from hpcutils.image import trust
     from hpcutils.image.find import find_image
-    from hpcutils.image.publish import check_can_be_published, plan_publication, run_publication, writable_site_file
+    from hpcutils.image.publish import check_alias, check_can_be_published, plan_publication, run_publication, writable_site_file
 
+    check_alias(alias)
     found = find_image(name)
     check_can_be_published(found)
     trust.verify(found, fresh=True)

@@ -119,7 +119,7 @@ def checked_image(name: str, site: Site) -> Image:
         ImageError: There is none, it was withdrawn, or it was altered.
     """
     image, published = known_image(name, site)
-    return replace(image, sha256=verify(image, published, name).sha256)
+    return replace(image, sha256=verify(image, published, name, site=site).sha256)
 
 
 def data_argv(job: Job, folder: Path) -> tuple[str, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from hpcutils.specs.recipe import DebianBase
@@ -37,12 +38,31 @@ def bootstrap_options(base: DebianBase) -> tuple[str, ...]:
     )
 
 
-def bootstrap_argv(base: DebianBase, sources: Path, archive: Path) -> list[str]:
+def bootstrap_argv(base: DebianBase, sources: Path, archive: Path, settings: Path | None = None) -> list[str]:
     """Return the command that makes the base's archive from what `sources` (a sources.list) offers.
 
     Run it with `bootstrap_environment`: equal packages then give equal bytes.
+
+    Args:
+        base: What is asked for.
+        sources: Where packages come from.
+        archive: Where the result goes.
+        settings: Folder with apt's settings for the time of the bootstrap (`apt.conf`, `preferences`), readable for others.
     """
-    return ["mmdebstrap", "--mode=unshare", "--format=tar", *bootstrap_options(base), base.suite, str(archive), str(sources)]
+    hooks = [] if settings is None else list(_passing_settings(settings))
+    options = ["--mode=unshare", "--format=tar", *bootstrap_options(base), *hooks]
+    return ["mmdebstrap", *options, base.suite, str(archive), str(sources)]
+
+
+def _passing_settings(settings: Path) -> tuple[str, ...]:
+    """apt reads its settings in the folder that becomes the base; nothing of them stays there."""
+    places = {"apt.conf": "etc/apt/apt.conf.d/zz-build", "preferences": "etc/apt/preferences.d/build"}
+    copies = "; ".join(
+        f'! [ -e {shlex.quote(str(settings / name))} ] || cp {shlex.quote(str(settings / name))} "$1/{place}"'
+        for name, place in places.items()
+    )
+    removed = " ".join(f'"$1/{place}"' for place in places.values())
+    return f'--setup-hook=mkdir -p "$1/etc/apt/preferences.d"; {copies}', f"--customize-hook=rm -f {removed}"
 
 
 def bootstrap_environment(base: DebianBase, temporary: Path) -> dict[str, str]:

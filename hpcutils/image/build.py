@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,25 +12,26 @@ from typing import Any
 
 import hpcutils
 from hpcutils.errors import ImageError
-from hpcutils.fs import publish, publishing, remove, temporary_beside, write_text
+from hpcutils.fs import fsync_path, publishing, remove, write_text
 from hpcutils.hashing import digest_file
 from hpcutils.image.builders import Finding, check_builder_rights, choose, explain, gather_facts, look_for_builders
 from hpcutils.image.caller import plain_environment
-from hpcutils.image.digest import base_digest, environment_digest, wheels_digest
+from hpcutils.image.digest import base_digest, debian_lock, environment_digest, wheels_digest
 from hpcutils.image.exec_line import exec_argv
 from hpcutils.image.find import read_sidecar, sbom_of, sidecar_of
-from hpcutils.image.layers import Workbench, make_base, make_environment, make_image, versions
-from hpcutils.image.machine import Machine
+from hpcutils.image.finished import Built, link, up_to_date
+from hpcutils.image.layers import Workbench, check_versions, make_base, make_environment, make_image, versions
+from hpcutils.image.machine import network, this_machine
 from hpcutils.image.oci import Engine, entering, make_oci
 from hpcutils.image.plan import SUFFIXES, BuildPlan
+from hpcutils.image.relock import with_usable_lock
 from hpcutils.image.retention import tidy
 from hpcutils.image.sbom import cyclonedx
 from hpcutils.image.selftest import TEST_ENVIRONMENT, Report, run_self_tests
 from hpcutils.image.trust import identity, remember
-from hpcutils.image.workspace import ending_on_sigterm, one_at_a_time, workspace
+from hpcutils.image.workspace import ending_on_signals, one_at_a_time, sweep, workspace
 from hpcutils.log import LOGGER
 from hpcutils.specs.recipe import DebianBase
-from hpcutils.specs.site import load_site
 
 __all__ = ["Built", "check_builder_rights", "run_build"]
 
@@ -52,32 +51,7 @@ class Place:
     why: str
 
 
-@dataclass(frozen=True)
-class Built:
-    """A finished image.
-
-    Args:
-        path: The file.
-        digest: Digest of all that went in.
-        sha256: Digest of the file.
-        size_bytes: Its size.
-        made: Layers that were made for it; empty when it was up to date.
-        seconds: How long that took.
-    """
-
-    path: Path
-    digest: str
-    sha256: str
-    size_bytes: int
-    made: tuple[str, ...]
-    seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as plain data."""
-        return {**vars(self), "path": str(self.path), "made": list(self.made)}
-
-
-def run_build(plan: BuildPlan, wanted: str | None = None) -> Built:
+def run_build(plan: BuildPlan, wanted: str | None = None, *, relock: bool = False) -> tuple[Built, BuildPlan]:
     """Make the layers that are missing, test the image, and publish it under its name.
 
     Until the last moment the old image keeps the name; a build that fails, or is ended, leaves nothing but finished layers.
@@ -85,43 +59,39 @@ def run_build(plan: BuildPlan, wanted: str | None = None) -> Built:
     Args:
         plan: What to make.
         wanted: The builder to use; the first that works when left out.
+        relock: Where locked Debian packages are gone, take what there is, and say so.
+
+    Returns:
+        What was built, and the plan that was carried out: `relock` may change it.
 
     Raises:
-        ImageError: A layer could not be made, the self-test failed, or this user cannot build here.
+        ImageError: Locked Debian packages are gone, a layer could not be made, the self-test failed, or this user cannot build.
         MissingPartError: A tool is not installed.
     """
-    if not plan.to_make():
-        return _up_to_date(plan)
     name = plan.files.recipe.name
-    # A user's own variables win over the site's settings.
-    settings = {**load_site().build.environment(), **os.environ}
-    temporary = Path(settings.get("TMPDIR") or tempfile.gettempdir())
-    findings = look_for_builders(plan.format, gather_facts(temporary))
+    machine = this_machine()
+    temporary = machine.temporary()
+    findings = look_for_builders(plan.format, gather_facts(temporary), on_archive=plan.files.archive is not None)
     builder = choose(findings, wanted)
     why = explain(builder, findings)
-    with ending_on_sigterm(), one_at_a_time(plan.environment.parent / f".{name}.lock", f"waiting for another build of {name}"):
+    with ending_on_signals(), one_at_a_time(plan.environment.parent / f".{name}.lock", f"waiting for another build of {name}"):
+        sweep(plan)
+        if plan.to_make():
+            plan = with_usable_lock(plan, machine, relock=relock)
         # The one that was waited for may have made it.
         to_make = plan.to_make()
         if not to_make:
-            return _up_to_date(plan)
+            return up_to_date(plan), plan
         LOGGER.info(f"{name}: {why}")
         started = time.monotonic()
         with workspace(temporary) as folder:
-            place = Place(Workbench(builder.program, folder, Machine(settings, Path.home())), builder, why)
+            place = Place(Workbench(builder.program, folder, machine), builder, why)
             seconds = _make(plan, to_make, place)
         took = round(time.monotonic() - started, 1)
         sidecar = read_sidecar(plan.image)
         LOGGER.info(f"{name}: built in {took:g} s ({', '.join(f'{layer} {s:g} s' for layer, s in seconds.items())})")
         tidy(plan)
-        return Built(plan.image, plan.digest, sidecar["sha256"], sidecar["size_bytes"], to_make, took)
-
-
-def _up_to_date(plan: BuildPlan) -> Built:
-    """Let the name lead to the image that is there (it may have led to another version of the code)."""
-    _link(plan)
-    LOGGER.info(f"{plan.files.recipe.name}: up to date")
-    sidecar = read_sidecar(plan.image)
-    return Built(plan.image, plan.digest, sidecar["sha256"], sidecar["size_bytes"], (), 0.0)
+        return Built(plan.image, plan.digest, sidecar["sha256"], sidecar["size_bytes"], to_make, took), plan
 
 
 def _make(plan: BuildPlan, to_make: tuple[str, ...], place: Place) -> dict[str, float]:
@@ -132,7 +102,7 @@ def _make(plan: BuildPlan, to_make: tuple[str, ...], place: Place) -> dict[str, 
         LOGGER.info(f"{plan.files.recipe.name}: {layer}")
         if layer == "base":
             assert isinstance(plan.files.recipe.base, DebianBase)
-            make_base(plan.files.recipe.base, plan.base, place.bench)
+            make_base(plan.files.recipe.base, debian_lock(plan.files), plan.base, place.bench)
         elif layer == "environment":
             make_environment(plan.files, plan.base, plan.wheels, plan.environment, place.bench)
         else:
@@ -143,31 +113,48 @@ def _make(plan: BuildPlan, to_make: tuple[str, ...], place: Place) -> dict[str, 
 
 def _publish_image(plan: BuildPlan, layer: str, place: Place, seconds: dict[str, float], started: float) -> None:
     """Put the image together, test it, and only then let it be seen: its file, what is known of it, its name."""
-    with publishing(plan.image, suffix=SUFFIXES[plan.format]) as target, _taking_back(plan):
+    with _taking_back(plan), publishing(plan.image, suffix=SUFFIXES[plan.format]) as target:
         report = _make_sif(plan, target, place) if plan.format == "apptainer" else _make_archive(plan, target, place)
         if report.failed():
             raise ImageError("\n".join(["the image was built, but its self-test failed:", *report.failed()]))
+        check_versions("the image", report.packages.get("debian", {}), debian_lock(plan.files).versions())
         spent = {**seconds, layer: round(time.monotonic() - started, 1)}
         sidecar = _sidecar(plan, target, place, report, spent)
         bill = cyclonedx(plan.files.recipe.name, plan.digest, sidecar["sha256"], report.packages)
+        # Flushed now, so that no time passes between the names of the sidecar and of the image.
+        fsync_path(target)
         # Before the image: one without a sidecar would count as unfinished, one with the old sidecar must not be seen.
         write_text(sbom_of(plan.image), json.dumps(bill, indent=1) + "\n")
         write_text(sidecar_of(plan.image), json.dumps(sidecar, indent=1) + "\n")
     # Known from the start, so that no job has to read it first.
     remember(plan.image, "", sidecar["sha256"], identity(plan.image))
-    _link(plan)
+    link(plan)
 
 
 @contextlib.contextmanager
 def _taking_back(plan: BuildPlan) -> Iterator[None]:
-    """Remove what was written beside an image that then did not come."""
+    """Give an image that is there already its own sidecar back when the new image did not come."""
+    known = {path: _content(path) for path in (sbom_of(plan.image), sidecar_of(plan.image))}
+    before = _number(plan.image)
     try:
         yield
     except BaseException:
-        if not plan.image.exists():
-            remove(sbom_of(plan.image))
-            remove(sidecar_of(plan.image))
+        if _number(plan.image) == before:
+            for path, content in known.items():
+                if content is None:
+                    remove(path)
+                else:
+                    write_text(path, content)
         raise
+
+
+def _content(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _number(path: Path) -> int | None:
+    """Return what tells a file from the one that takes its name."""
+    return path.stat().st_ino if path.exists() else None
 
 
 def _make_sif(plan: BuildPlan, target: Path, place: Place) -> Report:
@@ -179,8 +166,9 @@ def _make_sif(plan: BuildPlan, target: Path, place: Place) -> Report:
 
 def _make_archive(plan: BuildPlan, target: Path, place: Place) -> Report:
     """Build the Dockerfile, and test the archive as whoever gets it will see it."""
-    engine = Engine(place.builder.name, place.builder.program, place.bench.folder)
-    make_oci(plan.files, plan.code, plan.base, plan.wheels, target, engine, place.bench)
+    bench = place.bench
+    engine = Engine(place.builder.name, place.builder.program, bench.folder, network(bench.machine))
+    make_oci(plan.files, plan.code, plan.base, plan.wheels, target, engine, bench)
     LOGGER.info("  self-test")
     with entering(engine, target) as enter:
         return run_self_tests(enter, engine.environment())
@@ -200,12 +188,14 @@ def _sidecar(plan: BuildPlan, target: Path, place: Place, report: Report, second
         "size_bytes": target.stat().st_size,
         "hpcutils": hpcutils.__version__,
         "layers": {
-            "base": {"digest": base_digest(recipe.base), **read_sidecar(plan.base)},
+            "base": {"digest": base_digest(plan.files), **read_sidecar(plan.base)},
             "environment": {"digest": environment_digest(plan.files)},
             "wheels": {"digest": wheels_digest(plan.files)},
         },
+        # Empty where the recipe's own Debian lock was used.
+        "relocked": list(plan.relocked),
         "builder": {"name": place.builder.name, "version": place.builder.version, "why": place.why},
-        "tools": versions(place.builder.name, place.builder.version),
+        "tools": versions(place.builder.name, place.builder.version, _tools(plan)),
         "seconds": dict(seconds),
         "python": report.python,
         "packages": {kind: dict(found) for kind, found in report.packages.items()},
@@ -213,13 +203,7 @@ def _sidecar(plan: BuildPlan, target: Path, place: Place, report: Report, second
     }
 
 
-def _link(plan: BuildPlan) -> None:
-    if plan.link.is_symlink() and plan.link.readlink().name == plan.image.name:
-        return
-    temporary = temporary_beside(plan.link)
-    temporary.symlink_to(plan.image.name)
-    try:
-        publish(temporary, plan.link)
-    except BaseException:
-        remove(temporary)
-        raise
+def _tools(plan: BuildPlan) -> tuple[str, ...]:
+    """Return the programs that a build needs beside its builder."""
+    bootstrap = ("mmdebstrap",) if isinstance(plan.files.recipe.base, DebianBase) else ()
+    return (*bootstrap, *(("mksquashfs",) if plan.format == "apptainer" else ()))

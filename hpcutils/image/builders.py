@@ -8,23 +8,25 @@ import re
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hpcutils.errors import ImageError, MissingPartError
-from hpcutils.image.find import find_builder
+from hpcutils.image import find
 from hpcutils.image.plan import Format
 from hpcutils.image.workspace import NEEDED_BYTES
 from hpcutils.shell import run
 
 # In this order they are tried for each format.
-NAMES: dict[Format, tuple[str, ...]] = {"apptainer": ("apptainer",), "docker": ("docker", "buildah", "podman")}
+NAMES: dict[Format, tuple[str, ...]] = {"apptainer": ("apptainer", "singularity"), "docker": ("docker", "buildah", "podman")}
 # The first that know named contexts, which the folder of the build is.
-OLDEST = {"buildah": (1, 26), "podman": (4, 2), "apptainer": (1, 2)}
+OLDEST = {"buildah": (1, 26), "podman": (4, 2), "apptainer": (1, 2), "singularity": (3, 11)}
 # Where unpacking a million small files takes an hour, or user namespaces may not write.
 SLOW_FILE_SYSTEMS = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "fuse.sshfs"}
 ANSWER_S = 20.0
 SUBUID_HINT = "as root: apt-get install uidmap; usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}"
+ARCHIVE_PROBLEM = "it cannot build on an archive: load that, push it to a registry, and name it as base.image"
+DRIVER_PROBLEM = "its buildx driver 'docker' cannot write OCI archives ('docker buildx create --use' makes one that can)"
 ROOT_PROBLEM = "root cannot build images here: this machine withholds some of root's capabilities"
 ROOT_HINT = "build as an ordinary user that has a range in /etc/subuid and /etc/subgid (useradd gives one)"
 
@@ -139,10 +141,20 @@ def look_at(name: str, format: Format, facts: Facts) -> Finding:
     return Finding(name, format, program, shown, obstacle is None, obstacle or facts.describe())
 
 
-def look_for_builders(format: Format, facts: Facts | None = None) -> tuple[Finding, ...]:
-    """Return a finding for each builder of `format`, in the order in which they would be taken."""
+def look_for_builders(format: Format, facts: Facts | None = None, *, on_archive: bool = False) -> tuple[Finding, ...]:
+    """Return a finding for each builder of `format`, in the order in which they would be taken.
+
+    Args:
+        format: What is to be built.
+        facts: What is known of this machine.
+        on_archive: Whether the image stands on an OCI archive, which Docker does not read.
+    """
     known = gather_facts() if facts is None else facts
-    return tuple(look_at(name, format, known) for name in NAMES[format])
+    found = tuple(look_at(name, format, known) for name in NAMES[format])
+    if not on_archive:
+        return found
+    without = {each.name: replace(each, works=False, why=ARCHIVE_PROBLEM) for each in found if each.name == "docker" and each.works}
+    return tuple(without.get(each.name, each) for each in found)
 
 
 def choose(findings: Sequence[Finding], wanted: str | None = None) -> Finding:
@@ -153,6 +165,9 @@ def choose(findings: Sequence[Finding], wanted: str | None = None) -> Finding:
         ImageError: None works; the message has every reason.
     """
     asked = [finding for finding in findings if wanted in (None, finding.name)]
+    if not asked:
+        known = ", ".join(finding.name for finding in findings)
+        raise MissingPartError(f"{wanted!r} does not build this format", f"take one of {known}, or leave --builder out")
     working = next((finding for finding in asked if finding.works), None)
     if working is not None:
         return working
@@ -191,12 +206,8 @@ def _version_answer(program: str) -> str:
 
 
 def _program(name: str) -> str | None:
-    if name != "apptainer":
-        return shutil.which(name)
-    try:
-        return find_builder()
-    except MissingPartError:
-        return None
+    own = str(find.OWN_BUILDER) if name == "apptainer" and find.OWN_BUILDER.is_file() else None
+    return shutil.which(name) or own
 
 
 def _docker_problem(program: str) -> str | None:
@@ -205,7 +216,12 @@ def _docker_problem(program: str) -> str | None:
         last = (engine.stderr or engine.stdout).strip().splitlines()[-1:]
         return f"a client without an engine: {' '.join(last) or 'no answer'}"
     buildx = run([program, "buildx", "version"], check=False, timeout_s=ANSWER_S)
-    return None if buildx.returncode == 0 else "it has no buildx"
+    if buildx.returncode != 0:
+        return "it has no buildx"
+    driver = run([program, "buildx", "inspect"], check=False, timeout_s=ANSWER_S).stdout
+    store = run([program, "info", "--format", "{{.DriverStatus}}"], check=False, timeout_s=ANSWER_S).stdout
+    # With containerd's store of images the same driver can.
+    return DRIVER_PROBLEM if re.search(r"^Driver:\s+docker$", driver, re.MULTILINE) and "containerd" not in store else None
 
 
 def _subordinate_ids(table: Path) -> int:

@@ -41,7 +41,7 @@ def code_files(package: Path | None = None) -> tuple[CodeFile, ...]:
     """
     root = package or Path(hpcutils.__file__).parent
     found = sorted(path for path in root.rglob("*") if path.is_file() and _belongs(path.relative_to(root)))
-    code = [CodeFile(f"hpcutils/{p.relative_to(root).as_posix()}", p.read_bytes(), os.access(p, os.X_OK)) for p in found]
+    code = [CodeFile(f"hpcutils/{p.relative_to(root).as_posix()}", p.read_bytes(), bool(p.stat().st_mode & 0o111)) for p in found]
     return (*code, *_metadata(hpcutils.__version__), CodeFile("bin/hpcutils", COMMAND.encode(), executable=True))
 
 

@@ -12,15 +12,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from hpcutils.image.base import bootstrap_options
 from hpcutils.image.code import CodeFile
 from hpcutils.image.render import definition, dockerfile
-from hpcutils.specs.recipe import Base, DebianBase, Recipe, RecipeFiles
+from hpcutils.specs.debian import DebianLock, parse_debian_lock
+from hpcutils.specs.recipe import DebianBase, Recipe, RecipeFiles
 from hpcutils.specs.recipe_file import locked
 
 # Part of every digest: raise it when images are put together in another way, so that old ones count as old.
-LAYOUT = 1
+LAYOUT = 2
 
 # Names of files beside the recipe. Their contents count, under fixed names.
 FILE_NAMES = {
     "base": {"archive"},
+    "system": {"lock", "extra_locks"},
     "python": {"lock", "extra_locks"},
     "compile": {"lock", "tools_lock"},
     "files": {"__all__": {"source"}},
@@ -44,17 +46,25 @@ def canonical(recipe: Recipe) -> str:
     return json.dumps(recipe.model_dump(mode="json", exclude=FILE_NAMES), sort_keys=True, ensure_ascii=False)  # type: ignore[arg-type]
 
 
-def base_digest(base: Base) -> str:
-    """Return the digest of what is asked for in the base; the sha256 of a bootstrapped archive is in its sidecar."""
+def base_digest(files: RecipeFiles) -> str:
+    """Return the digest of what is in the base: what was asked for, and the version of each package."""
+    base = files.recipe.base
     date = {"epoch": str(base.epoch)} if isinstance(base, DebianBase) else {}
-    return digest_of({"packages": _base_packages_digest(base), **date})
+    return digest_of({"packages": _base_packages_digest(files), **date})
 
 
-def _base_packages_digest(base: Base) -> str:
+def _base_packages_digest(files: RecipeFiles) -> str:
     """Return the digest of all in a base but the date of its files, which nothing that is compiled there depends on."""
+    base = files.recipe.base
     if not isinstance(base, DebianBase):
         return digest_of({"layout": str(LAYOUT), "base": base.model_dump_json(exclude=FILE_NAMES["base"])})  # type: ignore[arg-type]
-    return digest_of({"layout": str(LAYOUT), "options": json.dumps(bootstrap_options(base)), "sha256": base.sha256 or ""})
+    parts = {"options": json.dumps(bootstrap_options(base)), "sha256": base.sha256 or "", "lock": debian_lock(files).text("base")}
+    return digest_of({"layout": str(LAYOUT), **parts})
+
+
+def debian_lock(files: RecipeFiles) -> DebianLock:
+    """Return the version of each Debian package."""
+    return parse_debian_lock(files.debian_lock, f"{files.recipe.name}: system.lock")
 
 
 def wheels_digest(files: RecipeFiles) -> str:
@@ -66,7 +76,8 @@ def wheels_digest(files: RecipeFiles) -> str:
     against = sorted({name for package in recipe.compile.packages for name in package.built_against})
     return digest_of(
         {
-            "base": _base_packages_digest(recipe.base),
+            "base": _base_packages_digest(files),
+            "compilers": debian_lock(files).text("compile"),
             "python": recipe.python.version,
             "compile": recipe.compile.model_dump_json(exclude=FILE_NAMES["compile"], exclude_defaults=True),  # type: ignore[arg-type]
             "locks": files.compile_lock + files.tools_lock,
@@ -81,13 +92,14 @@ def environment_digest(files: RecipeFiles) -> str:
     copied = {f"file {file.target} {file.mode}": content for file, content in pairs}
     return digest_of(
         {
-            "base": base_digest(files.recipe.base),
+            "base": base_digest(files),
             "recipe": canonical(files.recipe),
             "definition": definition(files.recipe),
             "dockerfile": dockerfile(files.recipe),
             "lock": files.lock,
             "compile lock": files.compile_lock,
             "tools lock": files.tools_lock,
+            "debian lock": files.debian_lock,
             **copied,
         }
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from hpcutils.errors import RequestError
@@ -12,10 +13,28 @@ from hpcutils.errors import RequestError
 MPI_ENVIRONMENT = {"OMPI_MCA_btl_vader_single_copy_mechanism": "none", "PMIX_MCA_gds": "hash"}
 # Apptainer hands on the caller's variables, so these could lead Python out of the image. Empty is as good as absent.
 PYTHON_ENVIRONMENT = {"PYTHONPATH": "", "PYTHONHOME": "", "PYTHONNOUSERSITE": "1"}
+# Slurm confines a job to its own devices; of those, all.
+ENROOT_GPU = {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "compute,utility"}
 GPU_FLAGS = {"cuda": "--nv", "rocm": "--rocm"}
+
+# Apptainer and Pyxis hand on whatever they are started with; `--cleanenv` would take PMI's variables away, too. So what they are
+# started with is cut down to this (patterns of a shell): who and where the user is, what Slurm, PMI and Apptainer say, which
+# devices are the job's, how the network's libraries are tuned here. Anything else (LD_PRELOAD, KERAS_BACKEND, OMPI_*, PYTHON*)
+# would make an image behave in one way for one user and in another for the next; what a site needs is in site.toml,
+# container.environment.
+PASSED_ON = (
+    *("HOME", "USER", "LOGNAME", "SHELL", "PATH", "LD_LIBRARY_PATH", "PWD", "TMPDIR", "TERM", "LANG", "LC_*", "TZ"),
+    *("SLURM_*", "SLURMD_*", "PMI_*", "PMI2_*", "PMIX_*", "MUNGE*", "KRB5CCNAME", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS"),
+    *("APPTAINER*", "SINGULARITY*", "ENROOT_*", "HPCUTILS_*", "SUBMITIT_*"),
+    *("CUDA_VISIBLE_DEVICES", "CUDA_MPS_*", "NVIDIA_*", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"),
+    *("UCX_*", "FI_*", "NCCL_*", "RCCL_*", "PSM2_*", "HFI_*", "MLX5_*"),
+    *("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"),
+)
 
 # Docker hands on none of the caller's variables: these say which rank a process is, and how it reaches the others.
 RANK_VARIABLES = (
+    *("SLURM_JOB_NUM_NODES", "SLURM_JOB_NODELIST", "SLURM_NNODES", "SLURM_JOB_PARTITION", "SUBMITIT_EXECUTOR"),
+    *("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE", "SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK"),
     *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODEID", "SLURMD_NODENAME"),
     *("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_STEP_TASKS_PER_NODE", "SLURM_RESTART_COUNT"),
     *("PMIX_NAMESPACE", "PMIX_RANK", "PMIX_SERVER_URI2", "PMIX_SERVER_URI21", "PMIX_SERVER_URI3", "PMIX_SERVER_URI4"),
@@ -23,6 +42,11 @@ RANK_VARIABLES = (
     *("PMIX_SERVER_TMPDIR", "PMIX_SYSTEM_TMPDIR", "PMIX_DSTORE_ESH_BASE_PATH", "PMIX_HOSTNAME", "PMIX_VERSION"),
     *("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
 )
+
+
+def passed_on(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return what of the caller's environment a container gets to see."""
+    return {name: value for name, value in environ.items() if any(fnmatchcase(name, pattern) for pattern in PASSED_ON)}
 
 
 def exec_argv(
@@ -104,7 +128,13 @@ def _docker_gpu(program: str, variant: str) -> list[str]:
 
 
 def pyxis_options(
-    image: str, binds: Sequence[str] = (), env: Mapping[str, str] | None = None, *, cwd: str = "/"
+    image: str,
+    binds: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    gpu: bool = False,
+    *,
+    cwd: str = "/",
+    variant: str = "cuda",
 ) -> tuple[list[str], dict[str, str]]:
     """Return what srun needs to start its tasks in an image by the Pyxis plugin: options, and variables to set for srun.
 
@@ -114,12 +144,16 @@ def pyxis_options(
         image: A squashfs of enroot's, or `docker://registry#name:tag`.
         binds: As `bind` gives them.
         env: Variables for the program.
+        gpu: Whether the GPUs' driver libraries and devices are handed in: enroot's hook does it where these variables ask for it.
         cwd: Its working folder, as seen inside.
+        variant: Whose GPUs the image is for.
 
     Raises:
         RequestError: A folder has a comma in its name, which Pyxis takes for the next one.
     """
     variables = {**MPI_ENVIRONMENT, **PYTHON_ENVIRONMENT, **(env or {})}
+    if gpu and variant != "rocm":
+        variables = {**ENROOT_GPU, **variables}
     mounts = ["/tmp:/tmp", *binds]
     wrong = next((path for path in mounts if "," in path), None)
     if wrong is not None:

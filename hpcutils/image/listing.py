@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hpcutils.image.find import Image, find_image, images_folder, read_sidecar
-from hpcutils.specs.site import PublishedImage, Site
+from hpcutils.specs.site import PublishedImage, Site, Status
 
 ENDINGS = (".sif", ".oci.tar")
 
@@ -46,8 +46,15 @@ def published_paths(site: Site) -> dict[str, Path]:
 
 
 def known_image(name: str, site: Site) -> tuple[Image, PublishedImage | None]:
-    """Return the image that `name` means, and what the site says of it."""
-    return find_image(name, published=published_paths(site)), site.images.get(name)
+    """Return the image that `name` means, and what the site says of it: by its alias, or of the very file that a path leads to."""
+    image = find_image(name, published=published_paths(site))
+    return image, site.images.get(name) or _said_of_file(image.path, site)
+
+
+def _said_of_file(path: Path, site: Site) -> PublishedImage | None:
+    """Return what the site says of a file; of several aliases, the one that vouches most for it."""
+    said = [image for image in site.images.values() if Path(image.path).resolve() == path]
+    return min(said, key=lambda image: get_args(Status).index(image.status), default=None)
 
 
 def details(image: Image, published: PublishedImage | None) -> dict[str, Any]:

@@ -13,13 +13,17 @@ from typing import Any
 
 from hpcutils.errors import ImageError, MissingPartError, SpecError
 from hpcutils.fs import write_text
-from hpcutils.image.machine import without_addresses
+from hpcutils.image.caller import plain_environment
+from hpcutils.image.debian import plan_debian_lock, run_debian_lock
+from hpcutils.image.machine import Machine, network, pip_settings, without_addresses
 from hpcutils.image.plan import find_recipe, recipe_roots
 from hpcutils.shell import run
 from hpcutils.specs.recipe import Recipe
-from hpcutils.specs.recipe_file import checked, locked, own_data, recipe_data, version_of
+from hpcutils.specs.recipe_file import checked_recipe, locked, own_data, version_of
 
 RESOLVE_S = 600.0
+# pip's settings by the variables that say the same to uv.
+UV_VARIABLES = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_INDEX", "trusted-host": "UV_INSECURE_HOST"}
 
 
 @dataclass(frozen=True)
@@ -65,19 +69,35 @@ class Renewed:
     changes: tuple[str, ...]
 
 
-def plan_lock(name: str) -> tuple[Resolution, ...]:
+def renew(name: str, machine: Machine, *, upgrade: bool) -> list[Renewed]:
+    """Renew every lock that a recipe names itself: of Python's packages, and of Debian's.
+
+    Raises:
+        SpecError: No such recipe, or it has no lock that could be renewed.
+        ImageError: What is asked for cannot be had together.
+    """
+    debian = plan_debian_lock(name)
+    renewed = [run_lock(step, machine, upgrade=upgrade) for step in plan_lock(name, needed=debian is None)]
+    return renewed + ([Renewed(debian.lock, run_debian_lock(debian, machine, upgrade=upgrade))] if debian is not None else [])
+
+
+def plan_lock(name: str, *, needed: bool = True) -> tuple[Resolution, ...]:
     """Return how the locks that a recipe names itself are renewed, first to last: the later ones agree with the earlier.
 
     Those of a recipe that it extends are another's business. Locks that do not exist yet are made, so no lock is read here.
+
+    Args:
+        name: The recipe.
+        needed: Whether there has to be one.
 
     Raises:
         SpecError: No such recipe, or no `.in` file beside any of its locks.
     """
     path = find_recipe(name)
-    recipe = checked(recipe_data(path, recipe_roots()), path.name)
+    recipe = checked_recipe(path, recipe_roots())
     own = set(_words(own_data(path)))
     found = tuple(step for step in _resolutions(recipe) if str(step.lock) in own and step.source.is_file())
-    if not found:
+    if needed and not found:
         raise SpecError(f"{path.name}: no lock of it has a .in file beside it", "write what is wanted into NAME.in beside NAME.txt")
     return found
 
@@ -98,8 +118,13 @@ def _resolutions(recipe: Recipe) -> list[Resolution]:
     return wanted
 
 
-def run_lock(resolution: Resolution, *, upgrade: bool) -> Renewed:
+def run_lock(resolution: Resolution, machine: Machine, *, upgrade: bool) -> Renewed:
     """Resolve one `.in` file again; without `upgrade` only what it asks for changes.
+
+    Args:
+        resolution: What is renewed.
+        machine: How this machine reaches indexes of packages.
+        upgrade: Take the newest versions of everything.
 
     Raises:
         MissingPartError: There is no uv.
@@ -112,7 +137,8 @@ def run_lock(resolution: Resolution, *, upgrade: bool) -> Renewed:
         if resolution.lock.is_file():
             # uv keeps what the file has, where that is possible.
             shutil.copyfile(resolution.lock, target)
-        done = run(step.words(find_uv(), target, upgrade=upgrade), check=False, timeout_s=RESOLVE_S)
+        words, environment = step.words(find_uv(), target, upgrade=upgrade), plain_environment(**uv_environment(machine))
+        done = run(words, env=environment, check=False, timeout_s=RESOLVE_S)
         if done.returncode != 0:
             raise ImageError(f"{resolution.source}: {without_addresses(done.stderr.strip())}", "the old lock is still there")
         text, after = target.read_text(encoding="utf-8"), _entries(target)
@@ -123,6 +149,20 @@ def run_lock(resolution: Resolution, *, upgrade: bool) -> Renewed:
         head = f"# Made by 'hpcutils image lock' from {resolution.source.name}.\n"
         write_text(resolution.lock, head + "".join(after.values()))
     return Renewed(resolution.lock, _changes(before, after))
+
+
+def uv_environment(machine: Machine) -> dict[str, str]:
+    """Return pip's settings of this machine as the variables that uv, which does not read them, has for them. Pure but for reading.
+
+    uv's own variables, where the user has set them, win.
+    """
+    settings = pip_settings(machine)
+    given = {name: settings[key] for key, name in UV_VARIABLES.items() if settings.get(key)}
+    if settings.get("proxy"):
+        given |= {name: settings["proxy"] for name in ("HTTP_PROXY", "HTTPS_PROXY") if name.lower() not in machine.environ}
+    # uv takes addresses and folders separated by commas here, pip by blanks.
+    given |= {"UV_FIND_LINKS": ",".join(settings["find-links"].split())} if settings.get("find-links") else {}
+    return network(machine) | {name: value for name, value in given.items() if name not in machine.environ}
 
 
 def find_uv() -> str:

@@ -6,13 +6,18 @@ They are handed to the build in a folder that it sees as `/mnt`, and are no part
 from __future__ import annotations
 
 import configparser
+import os
 import re
 import shlex
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hpcutils.errors import ImageError, MissingPartError
 from hpcutils.image.base import public_sources
+from hpcutils.shell import run
+from hpcutils.specs.site import Build, load_site
 
 # pip's settings that say where from and how; any other (targets, constraints, user installs) is not for an image.
 PIP_KEYS = (
@@ -23,21 +28,38 @@ PIP_SECTIONS = ("global", "download", "wheel", "install")
 PROXY_VARIABLES = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
 CERTIFICATE_VARIABLES = ("PIP_CERT", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "CURL_CA_BUNDLE")
 CERTIFICATE_FILES = ("ssl/certs/ca-certificates.crt", "pki/tls/certs/ca-bundle.crt")
+# apt's settings of how a mirror is reached, and whether old lists of it are taken (a snapshot's are).
+APT_KEYS = ("Acquire::http::Proxy", "Acquire::https::Proxy", "Acquire::Check-Valid-Until", "Acquire::Check-Date")
+ANSWER_S = 20.0
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the settings are read from.
+    """What the settings are read from: a user's variables win over the user's files, those over the site's profile.
 
     Args:
         environ: Environment of the caller.
         home: The caller's home.
         etc: The system's configuration.
+        site: What the site's profile says.
     """
 
     environ: Mapping[str, str]
     home: Path
     etc: Path = Path("/etc")
+    site: Build = field(default_factory=Build)
+
+    def temporary(self) -> Path:
+        """Return the folder for builds.
+
+        Raises:
+            ImageError: It is not there.
+        """
+        named = {"TMPDIR": self.environ.get("TMPDIR"), "build.temporary of site.toml": self.site.temporary}
+        key, folder = next(((key, folder) for key, folder in named.items() if folder), ("/tmp", tempfile.gettempdir()))
+        if not Path(folder).is_dir():
+            raise ImageError(f"{folder}: no such folder, and {key} says that builds use it", "make it, or name another")
+        return Path(folder)
 
 
 @dataclass(frozen=True)
@@ -65,11 +87,16 @@ class BuildFiles:
     binds: dict[Path, str] = field(default_factory=dict)
 
 
+def this_machine() -> Machine:
+    """Return the machine that this process runs on, with the site's profile."""
+    return Machine(os.environ, Path.home(), site=load_site().build)
+
+
 def build_files(machine: Machine, suite: str) -> BuildFiles:
     """Return the settings that a build for `suite` needs on this machine."""
-    certificates = _certificates(machine)
+    certificates = certificate_file(machine)
     copies = {} if certificates is None else {"ca.crt": certificates}
-    entries = debian_entries(apt_entries(machine.etc / "apt"), suite)
+    entries = _sources(machine, suite)
     keys = sorted({entry.key for entry in entries if entry.key.startswith("/")})
     renamed = {key: f"/mnt/keyring-{i}{Path(key).suffix}" for i, key in enumerate(keys)}
     copies |= {Path(renamed[key]).name: Path(key) for key in keys}
@@ -78,11 +105,68 @@ def build_files(machine: Machine, suite: str) -> BuildFiles:
         settings["cert"] = "/mnt/ca.crt"
     texts = {
         "sources.list": sources_list(entries, suite, renamed),
-        "apt.conf": _apt_conf(certificates is not None),
+        "apt.conf": _apt_conf(apt_options(machine, "/mnt/ca.crt")),
         "pip.conf": "[global]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items()),
-        "settings.sh": _shell_settings(machine.environ),
+        "settings.sh": _shell_settings(proxies(machine)),
     }
     return BuildFiles(texts, copies, binds)
+
+
+def sources_text(machine: Machine, suite: str) -> str:
+    """Return the sources.list for programs that run on this machine itself."""
+    return sources_list(_sources(machine, suite), suite, {})
+
+
+def _sources(machine: Machine, suite: str) -> list[AptEntry]:
+    said = _one_line("\n".join(machine.site.apt_sources))
+    return debian_entries(said or apt_entries(machine.etc / "apt"), suite)
+
+
+def proxies(machine: Machine) -> dict[str, str]:
+    """Return the variables that name proxies: the user's where there are any, in the case that the user wrote them."""
+    said = {"http_proxy": machine.site.proxy, "https_proxy": machine.site.proxy, "no_proxy": machine.site.no_proxy}
+    result: dict[str, str] = {}
+    for lower in PROXY_VARIABLES:
+        own = {name: machine.environ[name] for name in (lower, lower.upper()) if machine.environ.get(name)}
+        result |= own or {name: value for name, value in said.items() if name == lower and value}
+    return result
+
+
+def network(machine: Machine) -> dict[str, str]:
+    """Return the variables with which a program reaches registries and indexes from here."""
+    certificates = certificate_file(machine)
+    # A program of this machine finds the machine's own certificates by itself.
+    own = certificates is not None and certificates not in _system_certificates(machine)
+    return {**proxies(machine), **({"SSL_CERT_FILE": str(certificates)} if own else {})}
+
+
+def apt_options(machine: Machine, certificates: str | None = None) -> list[str]:
+    """Return the lines of an apt.conf that say how mirrors are reached from here: this machine's own, and its certificates.
+
+    Args:
+        machine: What they are read from.
+        certificates: Where apt sees the certificates; their place on this machine when left out.
+    """
+    # The lists of a snapshot are past their date.
+    any_age = {"Acquire::Check-Valid-Until": "false"} if machine.site.apt_sources else {}
+    lines = [f'{key} "{value}";' for key, value in {**_apt_settings(machine), **any_age}.items()]
+    file = certificate_file(machine)
+    return lines if file is None else [*lines, f'Acquire::https::CAInfo "{certificates or file}";']
+
+
+def _apt_settings(machine: Machine) -> dict[str, str]:
+    """Ask apt for its settings; on a machine without apt there are none."""
+    with tempfile.NamedTemporaryFile("w", prefix="hpcutils-apt-", suffix=".conf") as file:
+        file.write(f'Dir::Etc "{machine.etc / "apt"}";\n')
+        file.flush()
+        try:
+            environment = {**machine.environ, "APT_CONFIG": file.name, "LC_ALL": "C"}
+            said = run(["apt-config", "dump", *APT_KEYS], env=environment, check=False, timeout_s=ANSWER_S).stdout
+        except MissingPartError:
+            return {}
+    # A key with more below it (`Proxy::host`) is told as `Key::`, and is taken as well.
+    found = re.findall(r'^([\w:.-]+) "([^"]*)";$', said, re.MULTILINE)
+    return {key: value for key, value in found if value and key.startswith(APT_KEYS)}
 
 
 def apt_entries(folder: Path) -> list[AptEntry]:
@@ -113,19 +197,25 @@ def sources_list(entries: Iterable[AptEntry], suite: str, renamed: Mapping[str, 
 
 
 def pip_settings(machine: Machine) -> dict[str, str]:
-    """Return how pip reaches its index here, from its configuration files and its variables; later ones win."""
-    files = [machine.etc / "pip.conf", machine.home / ".pip/pip.conf", machine.home / ".config/pip/pip.conf"]
-    if machine.environ.get("PIP_CONFIG_FILE"):
-        files.append(Path(machine.environ["PIP_CONFIG_FILE"]))
-    merged: dict[str, str] = {}
-    for path in files:
-        parser = configparser.RawConfigParser()
-        parser.read_string(_text(path))
-        for section in (name for name in PIP_SECTIONS if parser.has_section(name)):
-            merged |= {key.replace("_", "-"): value for key, value in parser.items(section)}
+    """Return how pip reaches its index here: from the site's profile, pip's own files, its variables; later ones win."""
+    merged = {"index-url": machine.site.pip_index} if machine.site.pip_index else {}
+    for path in _pip_files(machine):
+        merged |= _pip_file(path)
     merged |= {name[4:].lower().replace("_", "-"): value for name, value in machine.environ.items() if name.startswith("PIP_")}
     # A setting may have several lines; pip reads words.
     return {key: " ".join(merged[key].split()) for key in PIP_KEYS if key in merged}
+
+
+def _pip_files(machine: Machine) -> list[Path]:
+    named = [Path(machine.environ["PIP_CONFIG_FILE"])] if machine.environ.get("PIP_CONFIG_FILE") else []
+    return [machine.etc / "pip.conf", machine.home / ".pip/pip.conf", machine.home / ".config/pip/pip.conf", *named]
+
+
+def _pip_file(path: Path) -> dict[str, str]:
+    parser = configparser.RawConfigParser()
+    parser.read_string(_text(path))
+    sections = (name for name in PIP_SECTIONS if parser.has_section(name))
+    return {key.replace("_", "-"): value for section in sections for key, value in parser.items(section)}
 
 
 def without_addresses(line: str) -> str:
@@ -176,35 +266,40 @@ def _one_line(text: str) -> list[AptEntry]:
     return entries
 
 
-def _apt_conf(has_certificates: bool) -> str:
+def _apt_conf(options: Iterable[str]) -> str:
     lines = [
         'Dir::Etc::SourceList "/mnt/sources.list";',
         'Dir::Etc::SourceParts "/dev/null";',
         # The folder is ours alone; apt's own unprivileged user could not read it.
         'APT::Sandbox::User "root";',
         'Dpkg::Use-Pty "0";',
+        *options,
     ]
-    if has_certificates:
-        lines.append('Acquire::https::CAInfo "/mnt/ca.crt";')
     return "\n".join(lines) + "\n"
 
 
-def _shell_settings(environ: Mapping[str, str]) -> str:
-    proxies = {name: environ[name] for lower in PROXY_VARIABLES for name in (lower, lower.upper()) if environ.get(name)}
+def _shell_settings(proxy_variables: Mapping[str, str]) -> str:
     variables = {
         "APT_CONFIG": "/mnt/apt.conf",
         "PIP_CONFIG_FILE": "/mnt/pip.conf",
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "PIP_PROGRESS_BAR": "off",
         "PIP_ROOT_USER_ACTION": "ignore",
-        **proxies,
+        **proxy_variables,
     }
     return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
 
 
-def _certificates(machine: Machine) -> Path | None:
-    named = [Path(machine.environ[name]) for name in CERTIFICATE_VARIABLES if machine.environ.get(name)]
-    return next((path for path in [*named, *(machine.etc / name for name in CERTIFICATE_FILES)] if path.is_file()), None)
+def certificate_file(machine: Machine) -> Path | None:
+    """Return the certificates that servers are checked with: the user's, else the site's, else the machine's own."""
+    said = [machine.environ[name] for name in CERTIFICATE_VARIABLES if machine.environ.get(name)]
+    said += [each["cert"] for path in reversed(_pip_files(machine)) if "cert" in (each := _pip_file(path))]
+    said += [machine.site.ca_bundle] if machine.site.ca_bundle else []
+    return next((path for path in [*map(Path, said), *_system_certificates(machine)] if path.is_file()), None)
+
+
+def _system_certificates(machine: Machine) -> list[Path]:
+    return [machine.etc / name for name in CERTIFICATE_FILES]
 
 
 def _text(path: Path) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpcutils.errors import ImageError
@@ -27,11 +27,13 @@ class Engine:
         name: `docker`, `buildah` or `podman`.
         program: Its path.
         folder: The build's temporary folder.
+        network: Variables with which it reaches registries.
     """
 
     name: str
     program: str
     folder: Path
+    network: Mapping[str, str] = field(default_factory=dict)
 
     def words(self) -> list[str]:
         """Return the program and where it keeps its layers: in the build's folder, so that nothing is left behind."""
@@ -44,15 +46,16 @@ class Engine:
     def environment(self) -> dict[str, str]:
         """Return the environment of its commands: what they keep while they run goes into the build's folder, too."""
         (self.folder / "run").mkdir(mode=0o700, exist_ok=True)
-        return plain_environment(TMPDIR=str(self.folder), XDG_RUNTIME_DIR=str(self.folder / "run"), BUILDAH_ISOLATION="chroot")
+        folders = {"TMPDIR": str(self.folder), "XDG_RUNTIME_DIR": str(self.folder / "run")}
+        return plain_environment(**self.network, **folders, BUILDAH_ISOLATION="chroot")
 
     def build_words(self, tag: str, target: Path) -> list[str]:
         """Return the command that builds the folder's Dockerfile; with `docker` the archive is its result."""
         contexts = [word for name in ("build", "code") for word in ("--build-context", f"{name}={self.folder / CONTEXTS[name]}")]
         file = ["--file", str(self.folder / "context/Dockerfile")]
         if self.name == "docker":
-            output = ["--output", f"type=oci,dest={target}"]
-            return [*self.words(), "buildx", "build", *file, *contexts, *output, str(self.folder / "context")]
+            words, output = ["buildx", "build", "--progress", "plain"], ["--output", f"type=oci,dest={target}"]
+            return [*self.words(), *words, *file, *contexts, *output, str(self.folder / "context")]
         # chroot needs no namespaces but the user's own: it works inside of other containers.
         options = ["--isolation", "chroot", "--format", "oci", "--tag", tag]
         return [*self.words(), "build", *options, *file, *contexts, str(self.folder / "context")]

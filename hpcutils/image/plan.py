@@ -49,6 +49,7 @@ class BuildPlan:
         image: Where the finished image is, or will be.
         link: The name that leads to it.
         force: Whether every layer is made, also one that is there.
+        relocked: What differs from the recipe's own Debian lock, where this machine has renewed it for itself.
     """
 
     files: RecipeFiles
@@ -61,6 +62,7 @@ class BuildPlan:
     image: Path
     link: Path
     force: bool = False
+    relocked: tuple[str, ...] = ()
 
     def to_make(self) -> tuple[str, ...]:
         """Return the layers to make, first to last, as the disk is now; empty when the image is up to date."""
@@ -138,7 +140,18 @@ def plan_build(name: str, *, format: Format = "apptainer", force: bool = False, 
         force: Make every layer again, though it is there.
         package: Folder of the hpcutils package that goes in; the running one when left out.
     """
-    files = read_recipe(find_recipe(name), recipe_roots())
+    return plan_of(read_recipe(find_recipe(name), recipe_roots()), format=format, force=force, package=package)
+
+
+def plan_of(files: RecipeFiles, *, format: Format, force: bool = False, package: Path | None = None) -> BuildPlan:
+    """Return what building a recipe would do.
+
+    Args:
+        files: The recipe, and the contents of all that it names.
+        format: What the image is for.
+        force: Make every layer again, though it is there.
+        package: Folder of the hpcutils package that goes in; the running one when left out.
+    """
     code = code_files(package)
     cache, images, recipe, suffix = cache_folder(), images_folder(), files.recipe, SUFFIXES[format]
     digest = image_digest(files, code)
@@ -147,7 +160,7 @@ def plan_build(name: str, *, format: Format = "apptainer", force: bool = False, 
         format=format,
         code=(*code, *self_test_files(files)),
         digest=digest,
-        base=files.archive or cache / f"bases/debian-{recipe.base.suite}-{base_digest(recipe.base)[:SHORT]}.tar",
+        base=files.archive or cache / f"bases/debian-{recipe.base.suite}-{base_digest(files)[:SHORT]}.tar",
         wheels=cache / f"wheels/{wheels_digest(files)[:SHORT]}",
         environment=cache / f"layers/{recipe.name}-{environment_digest(files)[:SHORT]}.sif",
         image=images / f"{recipe.name}-{digest[:SHORT]}{suffix}",

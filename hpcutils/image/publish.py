@@ -9,11 +9,15 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from hpcutils.errors import ImageError, SpecError
 from hpcutils.fs import publishing, write_text
 from hpcutils.hashing import digest_file
 from hpcutils.image.caller import plain_environment
 from hpcutils.image.find import Image, find_builder, sbom_of, sidecar_of
+from hpcutils.image.listing import ENDINGS
+from hpcutils.image.plan import SHORT
 from hpcutils.log import LOGGER
 from hpcutils.shell import run
 from hpcutils.specs.site import PublishedImage, Site, Status, parse_site, site_file
@@ -59,9 +63,25 @@ def writable_site_file() -> Path:
 
 
 def plan_publication(image: Image, alias: str, folder: Path, site_file: Path, key: int | None) -> Publication:
-    """Return what publishing `image` as `alias` would do; nothing is written."""
+    """Return what publishing `image` as `alias` would do; nothing is written.
+
+    Raises:
+        SpecError: The alias cannot be one.
+    """
+    check_alias(alias)
     public = folder / f"{alias}.asc" if key is not None else None
-    return Publication(image, alias, folder / image.path.name, site_file, key, public)
+    # The alias is in the name: a signature is part of the file, and another alias's may be another.
+    ending = next((ending for ending in ENDINGS if image.path.name.endswith(ending)), image.path.suffix)
+    target = folder / f"{alias}-{(image.digest or digest_file(image.path))[:SHORT]}{ending}"
+    return Publication(image, alias, target, site_file, key, public)
+
+
+def check_alias(alias: str) -> None:
+    """Raise `SpecError` for what cannot be the name of a published image."""
+    try:
+        Site(images={alias: PublishedImage(path="/", sha256="0" * 64)})
+    except ValidationError as exc:
+        raise SpecError(f"{alias!r} cannot be the name of a published image", "give it one: --as NAME") from exc
 
 
 def run_publication(plan: Publication, passphrase: str = "") -> PublishedImage:
@@ -122,9 +142,10 @@ def sign(image: Path, key: int, public_key: Path, passphrase: str) -> None:
     run([builder, "sign", "--keyidx", str(key), str(image)], env=environment, input=f"{passphrase}\n", error=ImageError)
     public = fingerprints(run([builder, "key", "list"], env=environment, error=ImageError).stdout)
     number = next(number for number, mark in public.items() if mark == secret[key])
-    public_key.unlink(missing_ok=True)
-    run([builder, "key", "export", "--armor", str(public_key)], env=environment, input=f"{number}\n", error=ImageError)
-    public_key.chmod(0o644)
+    # Users check signatures with the file that is there meanwhile.
+    with publishing(public_key, suffix=public_key.suffix) as temporary:
+        run([builder, "key", "export", "--armor", str(temporary)], env=environment, input=f"{number}\n", error=ImageError)
+        temporary.chmod(0o644)
 
 
 def fingerprints(listing: str) -> dict[int, str]:

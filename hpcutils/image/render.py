@@ -4,6 +4,7 @@ Both formats come from the same steps. While a step runs, the folder `/mnt` of t
 
     /mnt/settings.sh      how apt and pip reach their servers from here (absent where the defaults do)
     /mnt/locks/*.txt      the locks; compile-NAME.txt has one compiled package each
+    /mnt/locks/apt        the Debian lock, as apt's preferences: nothing else can be installed
     /mnt/wheels/*.whl     wheels of an earlier build with equal inputs (absent the first time)
 
 It is not part of the image, and neither is anything in it.
@@ -20,6 +21,7 @@ from hpcutils.specs.recipe import ArchiveBase, CompiledPackage, CopiedFile, Debi
 ENVIRONMENT = "/opt/hpcutils-env"
 PYTHON = f"{ENVIRONMENT}/bin/python3"
 SOURCE = "/hpcutils-src"
+DEBIAN_LOCK = "/mnt/locks/apt"
 WHEELS_MARK = "/mnt/wheels/.complete"
 BASE_ARCHIVE = "base.tar"
 # The date that a base gives to its own files.
@@ -110,7 +112,7 @@ def _base_packages(recipe: Recipe) -> tuple[Step, ...]:
     """A bootstrapped base has its packages from the start."""
     if isinstance(recipe.base, DebianBase) or not recipe.base.packages:
         return ()
-    return (Step("what the base lacks", _apt_install(recipe.base.packages)),)
+    return (Step("what the base lacks, in the versions of the lock", _apt_install(recipe.base.packages)),)
 
 
 def _install_locked() -> Step:
@@ -148,7 +150,8 @@ def _wheel(package: CompiledPackage) -> tuple[str, ...]:
 
 def _apt_install(packages: tuple[str, ...]) -> tuple[str, ...]:
     leftovers = "rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/cache/ldconfig/* /var/log/*"
-    install = _command("apt-get", "install", "--yes", "--no-install-recommends", *packages)
+    locked = ("-o", f"Dir::Etc::Preferences={DEBIAN_LOCK}")
+    install = _command("apt-get", "install", "--yes", "--no-install-recommends", *locked, *packages)
     return ("apt-get update", *install, leftovers) if packages else ()
 
 
@@ -197,9 +200,9 @@ def _system(recipe: Recipe) -> Step:
     # and complain that it cannot keep the result.
     folders = "/usr/share/fonts /usr/local/share/fonts"
     dated = f"mkdir -p {folders}; find {folders} -type d -exec touch -d '{DATE}' {{}} +"
-    fonts = f"if command -v fc-cache; then {dated}; fc-cache -sf; fi"
+    fonts = f"if command -v fc-cache; then {dated}; fc-cache -sf; {_dated('/etc/fonts')}; fi"
     install = _apt_install(recipe.system.packages)
-    return Step("system packages", (*install, fonts, _dated("/etc/fonts", "/usr", "/var")) if install else ())
+    return Step("system packages, in the versions of the lock", (*install, fonts, _dated("/usr", "/var")) if install else ())
 
 
 def _modes(recipe: Recipe) -> tuple[Step, ...]:
@@ -263,7 +266,8 @@ def _plain(title: str) -> str:
 
 def _docker_step(step: Step) -> list[str]:
     """One RUN; shell lines are joined by `;`, except where a compound command goes on."""
-    lines = ["set -eu", *(MACHINE_SETTINGS if step.needs_build_folder else ()), *step.lines]
+    told = f"echo 'step: {_plain(step.title)}'"
+    lines = ["set -eu", told, *(MACHINE_SETTINGS if step.needs_build_folder else ()), *step.lines]
     mount = "--mount=type=bind,from=build,target=/mnt " if step.needs_build_folder else ""
     body = "\n".join([*(f"    {_docker_line(line)}" for line in lines[:-1]), f"    {lines[-1]}"])
     return [f"# {step.title}", f"RUN {mount}\\\n{body}"]

@@ -23,7 +23,9 @@ def cyclonedx(name: str, digest: str, sha256: str, packages: Mapping[str, Mappin
         sha256: Digest of its file.
         packages: Versions by kind (`python`, `debian`) and name.
     """
-    components = [_component(kind, package, version) for kind, found in packages.items() for package, version in found.items()]
+    named = (_component(kind, package, version) for kind, found in packages.items() for package, version in found.items())
+    # Two spellings of a name are one package: a reference may be there but once.
+    components = {component["purl"]: component for component in named}.values()
     tools = [{"type": "application", "name": "hpcutils", "version": hpcutils.__version__}]
     hashes = [{"alg": "SHA-256", "content": sha256}]
     image = {"type": "container", "bom-ref": f"image:{digest}", "name": name, "version": digest, "hashes": hashes}

@@ -20,7 +20,7 @@ from hpcutils.image.caller import plain_environment
 from hpcutils.image.find import Image, cache_folder, find_builder
 from hpcutils.log import LOGGER
 from hpcutils.shell import run
-from hpcutils.specs.site import PublishedImage
+from hpcutils.specs.site import PublishedImage, Site
 
 SIGNATURE_S = 120.0
 
@@ -42,13 +42,16 @@ class Verdict:
     status: str
 
 
-def verify(image: Image, published: PublishedImage | None = None, alias: str = "", *, fresh: bool = False) -> Verdict:
+def verify(
+    image: Image, published: PublishedImage | None = None, alias: str = "", *, site: Site | None = None, fresh: bool = False
+) -> Verdict:
     """Hold an image against what is known of it: the site's word, else its own sidecar's.
 
     Args:
         image: The image.
         published: What the site says of it.
-        alias: The site's name for it.
+        alias: The site's name for it, or what the user called it.
+        site: The whole profile: a copy of a withdrawn image is as wrong as the image.
         fresh: Read the file though it was read before.
 
     Raises:
@@ -67,6 +70,8 @@ def verify(image: Image, published: PublishedImage | None = None, alias: str = "
             f"{image.path} is not the file that was {whose}: its sha256 is {found}, {expected} was expected",
             "tell whoever keeps the site's images" if published is not None else f"build it again: hpcutils build {image.name}",
         )
+    if published is None and site is not None:
+        check_not_withdrawn(image.path, found, site)
     if known is None:
         if key:
             check_signature(image.path, Path(key))
@@ -120,6 +125,19 @@ def check_status(alias: str, published: PublishedImage) -> None:
         raise ImageError(f"the image {alias!r} was withdrawn{said}", "'hpcutils image list' shows the current ones")
     if published.status == "deprecated":
         LOGGER.warning(f"the image {alias!r} is deprecated{said}")
+
+
+def check_not_withdrawn(path: Path, sha256: str, site: Site) -> None:
+    """Refuse a file that the site knows by what is in it, and has withdrawn under every name.
+
+    Raises:
+        ImageError: It was withdrawn.
+    """
+    same = {alias: image for alias, image in site.images.items() if image.sha256 == sha256}
+    if same and all(image.status == "withdrawn" for image in same.values()):
+        alias, image = next(iter(same.items()))
+        said = f": {image.note}" if image.note else ""
+        raise ImageError(f"{path} is the withdrawn image {alias!r}{said}", "'hpcutils image list' shows the current ones")
 
 
 def check_signature(image: Path, key: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -13,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 
 from hpcutils.errors import ImageError
+from hpcutils.fs import TEMPORARY_MARK, remove
+from hpcutils.image.plan import SHORT, BuildPlan
 from hpcutils.log import LOGGER
 from hpcutils.shell import run
 
@@ -51,17 +55,21 @@ def workspace(root: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def ending_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into an exception meanwhile, so that a build which is told to end cleans up first."""
+def ending_on_signals() -> Iterator[None]:
+    """Turn SIGTERM, and the end of the terminal, into an exception meanwhile: a build that is told to end cleans up first."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    # What is ignored (nohup) stays ignored.
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number in (number for number, handler in before.items() if handler is not signal.SIG_IGN):
+        signal.signal(number, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -78,6 +86,27 @@ def one_at_a_time(lock: Path, waiting: str) -> Iterator[None]:
             LOGGER.info(waiting)
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield
+
+
+def sweep(plan: BuildPlan) -> None:
+    """Remove what builds of this recipe left that were killed outright: parts of half a gigabyte each. Call it with the lock held.
+
+    Only what was written on this host, by a process that is gone; bases and wheels are of every recipe.
+    """
+    name = re.escape(plan.files.recipe.name)
+    own = rf"{name}(?:-[0-9a-f]{{{SHORT}}})?(?:\.sif|\.oci\.tar|\.json|\.cdx\.json|\.oci\.json|\.oci\.cdx\.json)"
+    folders = {
+        plan.image.parent: own,
+        plan.environment.parent: own,
+        plan.environment.parents[1] / "bases": ".+",
+        plan.wheels.parent: ".+",
+    }
+    for folder, pattern in folders.items():
+        for path in folder.glob(f".*{TEMPORARY_MARK}{glob.escape(os.uname().nodename)}-*"):
+            found = re.fullmatch(rf"\.{pattern}{TEMPORARY_MARK}.+-(\d+)-[0-9a-f]{{8}}(?:\.\w+)*", path.name)
+            if found is not None and not Path(f"/proc/{found[1]}").exists():
+                remove(path)
+                LOGGER.info(f"removed {path}, which a build that was killed has left")
 
 
 def remove_tree(folder: Path) -> None:

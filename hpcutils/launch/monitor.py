@@ -149,7 +149,9 @@ def _failure_reason(run: RunDirectory) -> str | None:
     """Return the first cause: what a rank wrote of itself, else what srun saw of a rank that could not."""
     failure = read_json(run.failure)
     if failure is not None:
-        return f"rank {failure['rank']} on {failure['node']}: {failure['message']}"
+        # Before srun there is no rank yet.
+        rank = "" if failure["rank"] is None else f"rank {failure['rank']} on "
+        return f"{rank}{failure['node']}: {failure['message']}"
     killed = rank_deaths(run.batch_log.read_text(errors="replace")) if run.batch_log.is_file() else []
     return killed[0] if killed else _last_error_line(run)
 

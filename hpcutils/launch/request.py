@@ -13,6 +13,14 @@ from urllib.parse import unquote, urlsplit
 
 from hpcutils.errors import EXIT_REQUEUE, JobFailedError, RequestError
 from hpcutils.image.exec_line import MPI_ENVIRONMENT, bind, exec_argv
+from hpcutils.launch.node_lines import (
+    environment_lines,
+    folder_lines,
+    give_up_lines,
+    job_folder_lines,
+    own_folders,
+    site_folders,
+)
 from hpcutils.rundir import RunDirectory
 from hpcutils.specs.job import Job
 from hpcutils.specs.resources import gpus_per_node, parse_time_s
@@ -21,8 +29,6 @@ from hpcutils.specs.site import Site
 MAX_RESTARTS = 3
 STOP_BEFORE_END_S = 90
 
-# What folders of the site's profile are called in a rank's environment.
-FOLDER_VARIABLES = {"scratch": "HPCUTILS_SCRATCH", "node_local": "HPCUTILS_NODE_CACHE"}
 # Set in every rank: waiting ranks must yield where ranks outnumber cores, and TensorFlow's greetings are no news.
 RANK_ENVIRONMENT = {"OMPI_MCA_mpi_yield_when_idle": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
@@ -103,8 +109,7 @@ def plan_python(
 ) -> tuple[str, ...]:
     """Return the words that start Python in a rank."""
     # A user's own variable wins over the site's folder.
-    own = {name: path for name, path in _site_folders(site).items() if name not in os.environ}
-    env = {**site.container.environment, **own, **RANK_ENVIRONMENT}
+    env = {**site.container.environment, **site_folders(site, os.environ).known, **RANK_ENVIRONMENT}
     if image is None:
         variables = {**MPI_ENVIRONMENT, **env}
         return ("env", *(f"{name}={value}" for name, value in variables.items()), sys.executable)
@@ -152,14 +157,9 @@ def gpu_request(site: Site, layout: Layout, gpus: int) -> dict[str, Any]:
     return spelled[site.launch.gpus]
 
 
-def _site_folders(site: Site) -> dict[str, str]:
-    """Return the site's folders by the variables that tell of them."""
-    return {FOLDER_VARIABLES[name]: os.path.expandvars(path) for name, path in site.folders if path is not None}
-
-
 def _named_folders(job: Job, site: Site) -> list[str]:
     """Return the folders that a rank writes to, beside the run's: named by the site, the user, or the job."""
-    named = {**_site_folders(site), **{name: os.environ[name] for name in FOLDER_VARIABLES.values() if os.environ.get(name)}}
+    named = {**site_folders(site, os.environ).known, **own_folders()}
     folders = [*named.values(), *([job.staging.cache] if job.staging.cache is not None else [])]
     return list(dict.fromkeys(str(Path(folder).absolute()) for folder in folders))
 
@@ -209,7 +209,7 @@ def _parameters(job: Job, run: RunDirectory, layout: Layout, site: Site, folders
             f"--output={log}",
             "--open-mode=append",
         ],
-        "setup": [*_setup_lines(run), *(_container_lines(folders) if image is not None else [])],
+        "setup": [*_setup_lines(run), *_node_lines(run, site_folders(site, os.environ).in_job, folders, image)],
         "teardown": _teardown_lines(run),
         "additional_parameters": {
             "output": str(run.batch_log),
@@ -248,23 +248,12 @@ def _setup_lines(run: RunDirectory) -> list[str]:
     ]
 
 
-def _container_lines(folders: list[str]) -> list[str]:
-    """Lines that let a container see what this node's variables name, and that make the named folders on every node.
-
-    Apptainer shows /tmp, and refuses to start where a folder to be shown is not there. Which scratch folder a job has is often
-    known only when it runs.
-    """
-    everywhere = '--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1'
-    names = " ".join(map(shlex.quote, folders))
-    return [
-        *([f"command srun {everywhere} mkdir -p {names}"] if folders else []),
-        'for folder in "${SLURM_TMPDIR:-}" "${TMPDIR:-}"; do',
-        "  case $folder in",
-        "    /tmp | /tmp/* | *[,:]*) ;;",
-        '    /*) [ ! -d "$folder" ] || export APPTAINER_BIND="${APPTAINER_BIND:+$APPTAINER_BIND,}$folder" ;;',
-        "  esac",
-        "done",
-    ]
+def _node_lines(run: RunDirectory, in_job: Mapping[str, str], folders: list[str], image: Path | None) -> list[str]:
+    """Lines before srun that make a node ready: folders that are known only in the job, and what a container gets to see."""
+    lines = job_folder_lines(in_job)
+    if image is not None:
+        lines += [*folder_lines(folders, in_job), *environment_lines()]
+    return [*(give_up_lines(run) if in_job or folders else []), *lines]
 
 
 def _teardown_lines(run: RunDirectory) -> list[str]:

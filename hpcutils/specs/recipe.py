@@ -5,50 +5,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
 
-# Text that is pasted into a build script: names only, nothing that a shell reads.
-PackageName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9+.:_-]*$")]
+from hpcutils.specs.combinations import UnfitPartsError, problems_of
+
+FILE_ENDINGS = (".sif", ".tar", ".toml", ".json")
+
+
+def _one_line(value: str) -> str:
+    """Text that both formats take as it is: Apptainer fills in `{{ … }}` wherever it stands in a definition."""
+    if any(ord(letter) < 32 or 127 <= ord(letter) < 160 or letter in "\u2028\u2029" for letter in value):
+        raise ValueError(f"one line without control characters was expected, got {value!r}")
+    if "{{" in value:
+        raise ValueError(f"'{{{{' starts a variable of Apptainer's definitions, got {value!r}")
+    return value
+
+
+def _normal_path(value: str) -> str:
+    """A path that names one thing in one way."""
+    if any(part in ("", ".", "..") for part in value.split("/")[1:]):
+        raise ValueError(f"a path without '.', '..', '//' or a '/' at its end was expected, got {value!r}")
+    return value
+
+
+def _no_ending(value: str) -> str:
+    if value.endswith(FILE_ENDINGS):
+        raise ValueError(f"a name that ends like a file's would be taken for one, got {value!r}")
+    return value
+
+
+# Text that is pasted into a build script: names only, nothing that a shell reads. A '-' at the end would have apt remove it.
+PackageName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9+.:_-]*[a-z0-9+])?$")]
 VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Version = Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)*$")]
-OneLine = Annotated[str, StringConstraints(pattern=r"^[^\n\r]*$")]
-AbsolutePath = Annotated[str, StringConstraints(pattern=r"^/[A-Za-z0-9._/+-]+$")]
+OneLine = Annotated[str, AfterValidator(_one_line)]
+AbsolutePath = Annotated[str, StringConstraints(pattern=r"^/[A-Za-z0-9._/+-]+$"), AfterValidator(_normal_path)]
+# Also the name of an image of Docker's, and of files with an ending of their own.
+RecipeName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+([._-][a-z0-9]+)*$", max_length=63), AfterValidator(_no_ending)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 # A tag can lead to another image tomorrow: a digest is asked for.
 ImageByDigest = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-zA-Z0-9._:/-]*@sha256:[0-9a-f]{64}$")]
 Suite = Literal["bookworm"]
 VariantName = Literal["cpu", "cuda", "rocm"]
-
-TENSORFLOW_NAMES = ("tensorflow", "tensorflow-cpu", "tensorflow-rocm")
-# Horovod 0.28.1 compiles against TensorFlow 2.15 to 2.18: later ones no longer ship headers that it includes.
-HOROVOD_NEWEST_TENSORFLOW = {"0.28.1": (2, 18)}
-
-
-@dataclass(frozen=True)
-class VariantRules:
-    """What images of one kind of machine have in common.
-
-    Args:
-        tensorflow: Names under which a TensorFlow for it is distributed.
-        flags: Variables that Horovod's build must have: without them it compiles, and then sums over the CPU.
-        forbidden: Variables that it must not have.
-    """
-
-    tensorflow: tuple[str, ...]
-    flags: Mapping[str, str] = field(default_factory=dict)
-    forbidden: tuple[str, ...] = ()
-
-
-VARIANTS: Mapping[str, VariantRules] = {
-    "cpu": VariantRules(("tensorflow-cpu", "tensorflow"), forbidden=("HOROVOD_GPU", "HOROVOD_GPU_OPERATIONS")),
-    "cuda": VariantRules(("tensorflow",), {"HOROVOD_GPU_OPERATIONS": "NCCL"}),
-    "rocm": VariantRules(("tensorflow-rocm",), {"HOROVOD_GPU": "ROCM", "HOROVOD_GPU_OPERATIONS": "NCCL"}),
-}
 
 
 class Closed(BaseModel):
@@ -69,7 +71,7 @@ class DebianBase(Closed):
 
     suite: Suite
     packages: tuple[PackageName, ...]
-    epoch: int = Field(ge=0)
+    epoch: int = Field(ge=0, strict=True)
     sha256: Sha256 | None = None
 
 
@@ -115,9 +117,17 @@ Base = Annotated[
 
 
 class System(Closed):
-    """Debian packages that stay in the image."""
+    """Debian packages that stay in the image.
+
+    Args:
+        packages: Their names.
+        lock: Exact version of every Debian package: of the base, of these, and of those that compiling needs.
+        extra_locks: More of them: what a recipe adds to the one that it extends.
+    """
 
     packages: tuple[PackageName, ...] = ()
+    lock: str | None = None
+    extra_locks: tuple[str, ...] = ()
 
 
 class Python(Closed):
@@ -187,13 +197,13 @@ class SelfTest(Closed):
     """
 
     script: str
-    ranks: int = Field(default=1, ge=1, le=64)
+    ranks: int = Field(default=1, ge=1, le=64, strict=True)
 
 
 class Recipe(Closed):
     """A whole recipe."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+    name: RecipeName
     summary: OneLine
     variant: VariantName
     base: Base
@@ -211,80 +221,10 @@ class Recipe(Closed):
 
     @model_validator(mode="after")
     def _goes_together(self) -> Recipe:
-        problems = [problem for check in COMBINATIONS for problem in check(self)]
+        problems = problems_of(self)
         if problems:
-            raise ValueError("; ".join(problems))
+            raise UnfitPartsError(problems)
         return self
-
-
-def _horovod_fits_tensorflow(recipe: Recipe) -> list[str]:
-    horovod = recipe.compiled("horovod")
-    if horovod is None:
-        return []
-    newest = HOROVOD_NEWEST_TENSORFLOW.get(horovod.version)
-    given = {name: recipe.python.pins[name] for name in TENSORFLOW_NAMES if name in recipe.python.pins}
-    if not given:
-        return ["horovod is compiled against TensorFlow: give TensorFlow's version in python.pins"]
-    return [
-        f"{name} {version} with horovod {horovod.version}: TensorFlow 2.19 and later no longer ship the LLVM and XLA headers "
-        f"that Horovod {horovod.version} includes; the newest that it compiles against is {'.'.join(map(str, newest))}"
-        for name, version in given.items()
-        if newest is not None and tuple(int(part) for part in version.split("."))[:2] > newest
-    ]
-
-
-def _tensorflow_fits_variant(recipe: Recipe) -> list[str]:
-    fitting = VARIANTS[recipe.variant].tensorflow
-    return [
-        f"variant {recipe.variant!r} with {name}: its TensorFlow is distributed as {' or '.join(fitting)}"
-        for name in TENSORFLOW_NAMES
-        if name in recipe.python.pins and name not in fitting
-    ]
-
-
-def _horovod_fits_variant(recipe: Recipe) -> list[str]:
-    horovod, rules = recipe.compiled("horovod"), VARIANTS[recipe.variant]
-    if horovod is None:
-        return []
-    wrong = [f"{name}={value}" for name, value in rules.flags.items() if horovod.environment.get(name) != value]
-    problems = [
-        f"variant {recipe.variant!r}: Horovod is to be compiled with {flag}, else it sums gradients on the CPU" for flag in wrong
-    ]
-    return problems + [
-        f"variant 'cpu': Horovod cannot be compiled with {name}: there is no CUDA or ROCm in the image"
-        for name in rules.forbidden
-        if name in horovod.environment
-    ]
-
-
-def _mpi_is_there(recipe: Recipe) -> list[str]:
-    """What is compiled against MPI needs its headers in one stage, and its libraries in the other."""
-    wanting = [
-        package.name
-        for package in recipe.compile.packages
-        if package.environment.get("HDF5_MPI") == "ON" or package.environment.get("HOROVOD_WITH_MPI") == "1"
-    ]
-    if not wanting:
-        return []
-    there = {"compile.system_packages": recipe.compile.system_packages, "system.packages": recipe.system.packages}
-    needed = {"compile.system_packages": "libopenmpi-dev", "system.packages": "openmpi-bin"}
-    return [f"{', '.join(wanting)} with MPI: {key} has no {name}" for key, name in needed.items() if name not in there[key]]
-
-
-def _parallel_hdf5_has_mpi4py(recipe: Recipe) -> list[str]:
-    h5py = recipe.compiled("h5py")
-    if h5py is None or h5py.environment.get("HDF5_MPI") != "ON" or "mpi4py" in h5py.built_against:
-        return []
-    return ["h5py with HDF5_MPI=ON hands mpi4py's communicators to HDF5: name mpi4py in its built_against"]
-
-
-COMBINATIONS = (
-    _horovod_fits_tensorflow,
-    _tensorflow_fits_variant,
-    _horovod_fits_variant,
-    _mpi_is_there,
-    _parallel_hdf5_has_mpi4py,
-)
 
 
 @dataclass(frozen=True)
@@ -299,6 +239,7 @@ class RecipeFiles:
         self_tests: Text of each of `recipe.self_test`, in their order.
         copied: Content of each of `recipe.files`, in their order.
         archive: Where an `ArchiveBase` is: too large to carry about; its digest is in the recipe.
+        debian_lock: Text of `system.lock` and of every `system.extra_locks`.
     """
 
     recipe: Recipe
@@ -308,3 +249,4 @@ class RecipeFiles:
     self_tests: tuple[str, ...]
     copied: tuple[bytes, ...] = field(default=())
     archive: Path | None = None
+    debian_lock: str = ""

@@ -9,18 +9,24 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from hpcutils.errors import SpecError
-from hpcutils.specs.recipe import ArchiveBase, Recipe, RecipeFiles
+from hpcutils.specs.combinations import TENSORFLOW_NAMES, Location, UnfitPartsError
+from hpcutils.specs.debian import parse_debian_lock
+from hpcutils.specs.recipe import ArchiveBase, DebianBase, Recipe, RecipeFiles
+from hpcutils.specs.toml_places import not_toml, places
 
 # Where a recipe names files; `*` stands for each item of a list.
 FILE_KEYS = (
     ("base", "archive"),
+    ("system", "lock"),
+    ("system", "extra_locks", "*"),
     ("python", "lock"),
     ("python", "extra_locks", "*"),
     ("compile", "lock"),
@@ -29,6 +35,8 @@ FILE_KEYS = (
     ("files", "*", "source"),
 )
 # What tells the items of a list of tables apart.
+# pip's own way to say what a file of a package is.
+HASH = re.compile(r"(?<=\s)--hash=[a-z0-9]+:[0-9a-f]+(?=\s|$)")
 IDENTITIES = ("name", "target", "script")
 BASE_TAGS = ("debian", "image", "archive")
 
@@ -42,27 +50,40 @@ def read_recipe(path: Path, roots: Sequence[Path] = ()) -> RecipeFiles:
 
     Raises:
         SpecError: Not TOML, an unknown key, a wrong value, a missing file, a lock that disagrees with the recipe, recipes that
-            extend each other, or packages that do not go together. Every problem is a line `file: key: what is wrong`.
+            extend each other, or parts that do not go together. Every problem is a line `file:line:column: key: what is wrong`.
     """
-    recipe = checked(recipe_data(path, roots), path.name)
+    data = recipe_data(path, roots)
+    where = Origin(path, roots, data)
+    recipe = checked(data, where)
     locks = [("python.lock", recipe.python.lock), *(("python.extra_locks", name) for name in recipe.python.extra_locks)]
     lock = "".join(_ended(_text(name, path, key)) for key, name in locks)
     compile_lock = _text(recipe.compile.lock, path, "compile.lock")
-    check_locks(recipe, lock, compile_lock, path.name)
+    tools_lock = _text(recipe.compile.tools_lock, path, "compile.tools_lock")
+    check_locks(recipe, lock, compile_lock, tools_lock, where)
+    debian_lock = read_debian_lock(recipe, path)
+    check_debian_lock(recipe, debian_lock, where)
     return RecipeFiles(
         recipe,
         lock=lock,
         compile_lock=compile_lock,
-        tools_lock=_text(recipe.compile.tools_lock, path, "compile.tools_lock"),
+        tools_lock=tools_lock,
         self_tests=tuple(_text(test.script, path, "self_test.script") for test in recipe.self_test),
         copied=tuple(_read(Path(file.source), path, "files.source") for file in recipe.files),
         archive=Path(recipe.base.archive) if isinstance(recipe.base, ArchiveBase) else None,
+        debian_lock=debian_lock,
     )
+
+
+def checked_recipe(path: Path, roots: Sequence[Path] = ()) -> Recipe:
+    """Return a recipe, and what it extends, without a look at the files that it names."""
+    data = recipe_data(path, roots)
+    return checked(data, Origin(path, roots, data))
 
 
 def parse_recipe(text: str, name: str) -> Recipe:
     """Return the recipe in a TOML `text` that extends no other; `name` is how messages call it."""
-    return checked(parse_toml(text, name), name)
+    known = places(text, name)
+    return checked(parse_toml(text, name), lambda location: known.find(location)[1])
 
 
 def parse_toml(text: str, name: str) -> dict[str, Any]:
@@ -70,15 +91,86 @@ def parse_toml(text: str, name: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
-        raise SpecError(f"{name}: not valid TOML: {exc}") from exc
+        raise not_toml(exc, name) from exc
 
 
-def checked(data: Mapping[str, Any], name: str) -> Recipe:
-    """Return the recipe in `data`."""
+# Tells where a key stands, as `recipe.toml:12:1`.
+Where = Callable[[Location], str]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the keys of a recipe stand that may extend another: in its own file, or in one below.
+
+    Args:
+        path: The recipe.
+        roots: Folders of recipes that are extended by name.
+        data: All of it, joined.
+    """
+
+    path: Path
+    roots: Sequence[Path]
+    data: Mapping[str, Any]
+
+    def __call__(self, location: Location) -> str:
+        """Return the place of a key: in the file that says most of it, the recipe's own before those below."""
+        found = []
+        # What is missing is missing in the recipe's own file.
+        chain = _chain(self.path, self.roots) if location[0] in self.data else [self.path]
+        for path in chain:
+            text = _text(str(path), path, "recipe")
+            own = same_location(location, self.data, parse_toml(text, path.name))
+            found.append(places(text, path.name).find(own))
+        return max(found, key=lambda each: each[0])[1]
+
+
+def same_location(location: Location, data: Any, own: Any) -> Location:
+    """Return where an item of joined lists is in one of the files: it has the same name, target or script. Pure."""
+    result: list[str | int] = []
+    for part in location:
+        try:
+            wanted = data[part]
+        except (KeyError, IndexError, TypeError):
+            wanted = None
+        if isinstance(part, int) and isinstance(wanted, dict):
+            same = (i for i, item in enumerate(own or ()) if _identity(item) == _identity(wanted))
+            part = next(same, -1)
+        result.append(part)
+        data, own = wanted, _item(own, part)
+    return tuple(result)
+
+
+def _item(data: Any, part: str | int) -> Any:
+    if isinstance(data, dict):
+        return data.get(str(part))
+    return data[part] if isinstance(data, list) and isinstance(part, int) and 0 <= part < len(data) else None
+
+
+def _chain(path: Path, roots: Sequence[Path]) -> list[Path]:
+    """Return a recipe and those that it extends, one above the other."""
+    name = parse_toml(_text(str(path), path, "recipe"), path.name).get("extends")
+    return [path, *(_chain(_extended(name, path, roots), roots) if isinstance(name, str) else ())]
+
+
+def checked(data: Mapping[str, Any], where: Where) -> Recipe:
+    """Return the recipe in `data`.
+
+    Raises:
+        SpecError: With every problem that can be seen.
+    """
     try:
         return Recipe.model_validate(data)
     except ValidationError as exc:
-        raise SpecError("\n".join(f"{name}: {problem(row, Recipe)}" for row in exc.errors())) from exc
+        lines = [f"{where(location)}: {message}" for row in exc.errors() for location, message in _problems(row)]
+        raise SpecError("\n".join(lines)) from exc
+
+
+def _problems(row: Mapping[str, Any]) -> list[tuple[Location, str]]:
+    """Return one of pydantic's findings: several where parts do not go together."""
+    unfit = (row.get("ctx") or {}).get("error")
+    if isinstance(unfit, UnfitPartsError):
+        return [(location, f"{'.'.join(map(str, location))}: {message}") for location, message in unfit.problems]
+    return [(location_of(row), problem(row, Recipe))]
 
 
 def joined(below: Any, above: Any) -> Any:
@@ -96,26 +188,67 @@ def locked(lock: str) -> dict[str, str]:
     return dict(_entries(lock))
 
 
-def check_locks(recipe: Recipe, lock: str, compile_lock: str, name: str) -> None:
+def check_locks(recipe: Recipe, lock: str, compile_lock: str, tools_lock: str, where: Where) -> None:
     """Raise `SpecError` where a lock has not the version that the recipe says, has no hash, or names an address."""
     packages, compiled = locked(lock), locked(compile_lock)
-    wanted = [("python.pins", package, version, packages) for package, version in recipe.python.pins.items()]
-    wanted += [("compile.packages", p.name, p.version, compiled) for p in recipe.compile.packages]
+    pins: list[tuple[Location, str, str, dict[str, str]]] = []
+    pins += [(("python", "pins", package), package, version, packages) for package, version in recipe.python.pins.items()]
+    pins += [(("compile", "packages", i), p.name, p.version, compiled) for i, p in enumerate(recipe.compile.packages)]
     problems = [
-        f"{name}: {key}: {package} {version} was expected in the lock, it has {version_of(entries.get(package))}"
-        for key, package, version, entries in wanted
+        (key, f"{package} {version} was expected in the lock, it has {version_of(entries.get(package))}")
+        for key, package, version, entries in pins
         if version_of(entries.get(package)) != version
     ]
     names = [package for package, _ in _entries(lock)]
     twice = sorted({package for package in names if names.count(package) > 1})
-    problems += [f"{name}: python.extra_locks: {package} is in two locks" for package in twice]
-    for text in (lock, compile_lock):
-        bare = [package for package, entry in locked(text).items() if "--hash=" not in entry]
-        problems += [f"{name}: {package}: no hash in the lock" for package in bare]
-        if re.search(r"://|^\s*-", re.sub(r"^\s+--hash=.*$", "", text, flags=re.MULTILINE), flags=re.MULTILINE):
-            problems.append(f"{name}: a lock holds names, versions and hashes; addresses and options belong in pip.conf")
+    problems += [(("python", "extra_locks"), f"{package} is in two locks") for package in twice]
+    several = sorted(set(TENSORFLOW_NAMES) & {re.sub(r"[._]", "-", package) for package in names})
+    if len(several) > 1:
+        said = f"{' and '.join(several)} in the lock write the same files: one TensorFlow was expected"
+        problems.append((("python", "lock"), said))
+    texts = {("python", "lock"): lock, ("compile", "lock"): compile_lock, ("compile", "tools_lock"): tools_lock}
+    problems += [(key, said) for key, text in texts.items() for said in _wrong_with_lock(text)]
     if problems:
-        raise SpecError("\n".join(problems), "'hpcutils image lock' makes the locks from their .in files")
+        lines = [f"{where(key)}: {'.'.join(map(str, key[:2]))}: {said}" for key, said in problems]
+        raise SpecError("\n".join(lines), "'hpcutils image lock' makes the locks from their .in files")
+
+
+def _wrong_with_lock(text: str) -> list[str]:
+    """Return what a lock must not have: an entry without a hash, an address, an option of pip's."""
+    wrong = [f"{package}: no hash in the lock" for package, entry in locked(text).items() if HASH.search(entry) is None]
+    plain = HASH.sub("", re.sub(r"^\s*#.*$", "", text, flags=re.MULTILINE))
+    if re.search(r"://|(?:^|\s)-|\s@\s", plain, flags=re.MULTILINE):
+        wrong.append("a lock holds names, versions and hashes; addresses and options belong in pip.conf")
+    return wrong
+
+
+def read_debian_lock(recipe: Recipe, path: Path) -> str:
+    """Return the text of a recipe's Debian locks, one after the other; empty for one that names none."""
+    named = [("system.lock", name) for name in (recipe.system.lock,) if name is not None]
+    named += [("system.extra_locks", name) for name in recipe.system.extra_locks]
+    return "".join(_ended(_text(name, path, key)) for key, name in named)
+
+
+def check_debian_lock(recipe: Recipe, text: str, where: Where) -> None:
+    """Raise `SpecError` where a Debian package that the recipe asks for is not locked: it would be another one next month."""
+    hint = f"'hpcutils image lock {recipe.name}' makes the locks; a recipe that adds to another names its own in system.extra_locks"
+    lock = parse_debian_lock(text, Path(recipe.system.lock or "system.lock").name)
+    asked = {
+        "base.packages": (recipe.base.packages, lock.base if isinstance(recipe.base, DebianBase) else lock.versions()),
+        "system.packages": (recipe.system.packages, {**lock.base, **lock.image}),
+        "compile.system_packages": (recipe.compile.system_packages, {**lock.base, **lock.compile}),
+    }
+    if recipe.system.lock is None and any(packages for packages, _ in asked.values()):
+        said = "system.lock: this key is required: a file that says the version of every Debian package"
+        raise SpecError(f"{where(('system', 'lock'))}: {said}", hint)
+    problems = [
+        f"{where(tuple(key.split('.')))}: {key}: {package} is not in the Debian lock"
+        for key, (packages, locked_ones) in asked.items()
+        for package in packages
+        if package not in locked_ones
+    ]
+    if problems:
+        raise SpecError("\n".join(problems), hint)
 
 
 def version_of(entry: str | None) -> str:
@@ -126,7 +259,7 @@ def version_of(entry: str | None) -> str:
 
 def problem(row: Mapping[str, Any], root: type[BaseModel]) -> str:
     """Return one line for one of pydantic's findings in a `root`: the key, and what is wrong with it."""
-    location = [part for i, part in enumerate(row["loc"]) if part != "[key]" and not (i == 1 and part in BASE_TAGS)]
+    location = location_of(row)
     key = ".".join(str(part) for part in location) or "recipe"
     if row["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), _keys(root, row["loc"][:-1]), n=1)
@@ -137,20 +270,26 @@ def problem(row: Mapping[str, Any], root: type[BaseModel]) -> str:
     return f"{key}: {message}" + ("" if row["type"] == "value_error" else f"; got {row['input']!r}")
 
 
+def location_of(row: Mapping[str, Any]) -> Location:
+    """Return the key that one of pydantic's findings is about."""
+    return tuple(part for i, part in enumerate(row["loc"]) if part != "[key]" and not (i == 1 and part in BASE_TAGS))
+
+
 def recipe_data(path: Path, roots: Sequence[Path] = (), chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return what a recipe says, file names made absolute, on top of what it extends."""
     if path.resolve() in chain:
         names = " → ".join(link.name for link in (*chain, path))
-        raise SpecError(f"{path.name}: extends: recipes extend each other: {names}")
+        raise SpecError(f"{path.name}:1:1: extends: recipes extend each other: {names}")
     data = own_data(path)
     name = data.pop("extends", None)
     if name is None:
         return data
     if not isinstance(name, str):
-        raise SpecError(f"{path.name}: extends: the name or file of a recipe was expected, got {name!r}")
-    below = recipe_data(_extended(name, path, roots), roots, (*chain, path.resolve()))
+        raise SpecError(f"{_own_place(path)}: extends: the name or file of a recipe was expected, got {name!r}")
+    file = _extended(name, path, roots)
+    below = recipe_data(file, roots, (*chain, path.resolve()))
     # A recipe that is wrong by itself is told under its own name.
-    checked(below, name)
+    checked(below, Origin(file, roots, below))
     # Two images of one name would take each other's place.
     del below["name"]
     if "base" in data:
@@ -161,7 +300,12 @@ def recipe_data(path: Path, roots: Sequence[Path] = (), chain: tuple[Path, ...] 
 
 def own_data(path: Path) -> dict[str, Any]:
     """Return what a recipe says itself, file names made absolute."""
-    return _anchored(parse_toml(_read(path, path, "recipe").decode("utf-8", "replace"), path.name), path.parent)
+    return _anchored(parse_toml(_text(str(path), path, "recipe"), path.name), path.parent)
+
+
+def _own_place(path: Path) -> str:
+    """Return where a recipe says what it extends."""
+    return places(_text(str(path), path, "recipe"), path.name).find(("extends",))[1]
 
 
 def _extended(name: str, path: Path, roots: Sequence[Path]) -> Path:
@@ -170,7 +314,7 @@ def _extended(name: str, path: Path, roots: Sequence[Path]) -> Path:
     folders = [path.parent, *(root / "recipes" for root in roots)]
     found = next((file for folder in folders if (file := folder / f"{name}.toml").is_file()), None)
     if found is None:
-        raise SpecError(f"{path.name}: extends: no recipe is called {name!r}", "give its name, or the path of its file")
+        raise SpecError(f"{_own_place(path)}: extends: no recipe is called {name!r}", "give its name, or the path of its file")
     return found
 
 
@@ -206,7 +350,10 @@ def _ended(text: str) -> str:
 
 
 def _text(name: str, recipe: Path, key: str) -> str:
-    return _read(Path(name), recipe, key).decode("utf-8", "replace")
+    try:
+        return _read(Path(name), recipe, key).decode("utf-8")
+    except UnicodeDecodeError as exc:
+        raise SpecError(f"{recipe.name}: {key}: {name}: UTF-8 text was expected, byte {exc.start} is none") from exc
 
 
 def _read(path: Path, recipe: Path, key: str) -> bytes:

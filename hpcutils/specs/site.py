@@ -15,8 +15,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
 from hpcutils.errors import SpecError
-from hpcutils.specs.recipe_file import problem
+from hpcutils.specs.recipe_file import location_of, problem
 from hpcutils.specs.resources import parse_time_s
+from hpcutils.specs.toml_places import not_toml, places
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -97,8 +98,8 @@ class Folders(Closed):
 class Limits(Closed):
     """What a partition gives at most: asking for more is told at once, not after an hour in the queue."""
 
-    nodes: int | None = Field(default=None, ge=1)
-    gpus_per_node: int | None = Field(default=None, ge=0)
+    nodes: int | None = Field(default=None, ge=1, strict=True)
+    gpus_per_node: int | None = Field(default=None, ge=0, strict=True)
     time: OneLine | None = None
 
     @field_validator("time")
@@ -113,7 +114,7 @@ class Limits(Closed):
 
 
 class Build(Closed):
-    """How builds reach package servers. Nothing of this enters an image.
+    """How builds reach package servers. Nothing of this enters an image; what a user's own settings say wins.
 
     Args:
         proxy: For http and https.
@@ -121,6 +122,8 @@ class Build(Closed):
         ca_bundle: File of certificates.
         pip_index: Index of Python packages.
         temporary: Folder for builds: roomy, local, and no network file system.
+        apt_sources: Lines of a sources.list that stand for those of the machine: a mirror of the site's, or a snapshot that keeps
+            the versions of a lock; lists of any age are taken from it.
     """
 
     proxy: OneLine | None = None
@@ -128,18 +131,7 @@ class Build(Closed):
     ca_bundle: AbsolutePath | None = None
     pip_index: OneLine | None = None
     temporary: AbsolutePath | None = None
-
-    def environment(self) -> dict[str, str]:
-        """Return the variables that say the same; those of the user win over them."""
-        given = {
-            "http_proxy": self.proxy,
-            "https_proxy": self.proxy,
-            "no_proxy": self.no_proxy,
-            "SSL_CERT_FILE": self.ca_bundle,
-            "PIP_INDEX_URL": self.pip_index,
-            "TMPDIR": self.temporary,
-        }
-        return {name: value for name, value in given.items() if value is not None}
+    apt_sources: tuple[OneLine, ...] = ()
 
 
 class Site(Closed):
@@ -183,7 +175,7 @@ def load_site(environ: Mapping[str, str] | None = None) -> Site:
     """Return the site's profile; all defaults where there is no file.
 
     Raises:
-        SpecError: The file cannot be read as meant; a line `file: key: what is wrong` for each problem.
+        SpecError: The file cannot be read as meant; a line `file:line:column: key: what is wrong` for each problem.
     """
     path = site_file(environ)
     return Site() if path is None else parse_site(_read(path), path.name)
@@ -194,9 +186,11 @@ def parse_site(text: str, name: str) -> Site:
     try:
         return Site.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as exc:
-        raise SpecError(f"{name}: not valid TOML: {exc}") from exc
+        raise not_toml(exc, name) from exc
     except ValidationError as exc:
-        raise SpecError("\n".join(f"{name}: {problem(row, Site)}" for row in exc.errors())) from exc
+        known = places(text, name)
+        lines = [f"{known.find(location_of(row))[1]}: {problem(row, Site)}" for row in exc.errors()]
+        raise SpecError("\n".join(lines)) from exc
 
 
 def _read(path: Path) -> str:

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from hpcutils.errors import SpecError
 from hpcutils.image.code import CodeFile, code_files
-from hpcutils.image.digest import base_digest, code_digest, digest_of, environment_digest, image_digest, wheels_digest
+from hpcutils.image.digest import base_digest, code_digest, debian_lock, digest_of, environment_digest, image_digest, wheels_digest
 from hpcutils.image.plan import plan_build
 from hpcutils.specs.recipe import ArchiveBase, CopiedFile, ImageBase, RecipeFiles
 from hpcutils.specs.recipe_file import parse_recipe, read_recipe
@@ -108,7 +109,7 @@ def test_every_value_of_every_kind_of_base_counts(base: Any, leaf: tuple[Any, ..
     def digests(data: dict[str, Any]) -> set[str]:
         files = with_recipe(DATA | {"base": data})
         wheels = () if leaf == ("epoch",) else (wheels_digest(files),)
-        return {*wheels, base_digest(files.recipe.base), environment_digest(files), image_digest(files, CODE)}
+        return {*wheels, base_digest(files), environment_digest(files), image_digest(files, CODE)}
 
     assert not digests(base.model_dump()) & digests(changed(base.model_dump(), leaf))
 
@@ -154,6 +155,18 @@ def test_every_character_of_every_file_counts(field: str, position: int, letter:
     changed = text[:at] + letter + text[at:]
     other = dataclasses.replace(FILES, **{field: changed if isinstance(given, str) else (changed, *given[1:])})
     assert image_digest(other, CODE) != image_digest(FILES, CODE)
+
+
+@given(position=st.integers(min_value=0), letter=st.sampled_from(string.hexdigits))
+@settings(max_examples=50)
+def test_every_character_of_a_debian_lock_counts_or_is_refused(position: int, letter: str) -> None:
+    text = FILES.debian_lock
+    at = position % (len(text) + 1)
+    other = dataclasses.replace(FILES, debian_lock=text[:at] + letter + text[at:])
+    try:
+        assert image_digest(other, CODE) != image_digest(FILES, CODE)
+    except SpecError as exc:
+        assert "system.lock" in exc.message
 
 
 @given(content=st.binary())
@@ -214,7 +227,8 @@ def test_where_files_are_and_when_they_were_written_does_not_count(tmp_path: Pat
 def test_the_names_of_files_beside_a_recipe_do_not_count(tmp_path: Path) -> None:
     text = RECIPE.read_text()
     (tmp_path / "recipes").mkdir()
-    for old, new in (("tf-horovod-cpu.txt", "a.txt"), ("build.txt", "b.txt"), ("compiled.txt", "c.txt")):
+    locks = {"tf-horovod-cpu.txt": "a.txt", "tf-horovod-cpu.debian.txt": "d.txt", "build.txt": "b.txt", "compiled.txt": "c.txt"}
+    for old, new in locks.items():
         shutil.copy(ROOT / "containers/locks" / old, tmp_path / new)
         assert f"../locks/{old}" in text
         text = text.replace(f"../locks/{old}", f"../{new}")
@@ -222,6 +236,17 @@ def test_the_names_of_files_beside_a_recipe_do_not_count(tmp_path: Path) -> None
     path = tmp_path / "recipes/other-name-of-the-file.toml"
     path.write_text(text.replace("../selftests/training.py", "../t.py"))
     assert image_digest(read_recipe(path), CODE) == image_digest(read_recipe(RECIPE), CODE)
+
+
+def test_a_files_mode_counts_not_who_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may execute what has any x at all, its owner may not: the digest is the same."""
+    (tmp_path / "hpcutils").mkdir()
+    for name, mode in {"group.py": 0o654, "plain.py": 0o644}.items():
+        (tmp_path / "hpcutils" / name).write_text("")
+        (tmp_path / "hpcutils" / name).chmod(mode)
+    monkeypatch.setattr(os, "access", lambda *words: False)
+    executable = {file.name: file.executable for file in code_files(tmp_path / "hpcutils")}
+    assert (executable["hpcutils/group.py"], executable["hpcutils/plain.py"]) == (True, False)
 
 
 def test_caches_of_python_are_no_code(tmp_path: Path) -> None:
@@ -242,6 +267,21 @@ def test_wheels_belong_to_what_they_were_compiled_against() -> None:
     assert with_lock("mpi4py==4.1.2", "mpi4py==4.1.1") != wheels_digest(FILES)
     # A wheel knows nothing of submitit: compiling again for it would cost minutes.
     assert with_lock("submitit==1.5.4", "submitit==1.5.3") == wheels_digest(FILES)
+
+
+def test_a_version_in_the_debian_lock_counts_where_it_is_used() -> None:
+    def digests(head: str, package: str) -> list[bool]:
+        lock = debian_lock(FILES)
+        old = f"{package}={lock.section(head)[package]}\n"
+        assert old in FILES.debian_lock
+        other = dataclasses.replace(FILES, debian_lock=FILES.debian_lock.replace(old, f"{package}=0\n"))
+        kinds = (base_digest, wheels_digest, environment_digest)
+        return [digest(other) == digest(FILES) for digest in kinds] + [image_digest(other, CODE) == image_digest(FILES, CODE)]
+
+    assert digests("base", "python3.11") == [False, False, False, False]
+    assert digests("compile", "g++") == [True, False, False, False]
+    # Compiling again for another graphviz would cost minutes.
+    assert digests("image", "graphviz") == [True, True, False, False]
 
 
 def test_another_self_test_needs_no_other_environment() -> None:

@@ -26,6 +26,7 @@ from hpcutils.image.exec_line import bind, exec_argv
 from hpcutils.image.find import find_builder
 from hpcutils.image.render import PYTHON
 from hpcutils.image.sif import parse_listing
+from hpcutils.specs.debian import DebianLock, parse_debian_lock
 from hpcutils.specs.recipe_file import locked
 
 pytestmark = pytest.mark.apptainer
@@ -117,8 +118,51 @@ def test_every_locked_package_is_there_in_its_version(sidecar: dict[str, Any]) -
     assert there["hpcutils"] == sidecar["hpcutils"]
 
 
+def test_every_debian_package_is_the_locked_one(sidecar: dict[str, Any]) -> None:
+    lock = debian_lock()
+    # On a mirror that has moved on: what the build said of it.
+    other = {line.split()[0]: line.split()[-1] for line in sidecar["relocked"]}
+    there = sidecar["packages"]["debian"]
+    assert {name: version for name, version in there.items() if version != {**lock.versions(), **other}.get(name)} == {}
+    assert set(there) == set(lock.base) | set(lock.image) or other
+
+
+def debian_lock() -> DebianLock:
+    return parse_debian_lock((CONTAINERS / f"locks/{NAME}.debian.txt").read_text(), NAME)
+
+
+def test_a_debian_package_that_is_gone_is_told_before_anything_is_made(built: dict[str, Any], home: Path) -> None:
+    """The mirror is the machine's own; the lock asks for a version that no mirror has."""
+    shutil.copytree(CONTAINERS, home / "containers")
+    lock, version = home / f"containers/locks/{NAME}.debian.txt", debian_lock().base["adduser"]
+    lock.write_text(lock.read_text().replace(f"\nadduser={version}\n", "\nadduser=1.0-1\n"))
+    for name in ("tmp", "cache"):
+        (home / name).mkdir()
+    own(home)
+    before = tree(home)
+    environ = {"HPCUTILS_CONTAINERS": home / "containers", "HPCUTILS_CACHE": home / "cache", "TMPDIR": home / "tmp"}
+    variables = {name: str(path) for name, path in environ.items()}
+    done = as_user("hpcutils", "build", NAME, check=False, HPCUTILS_RELOCK="", **variables)
+    assert done.returncode == ImageError.exit_code, done.stderr
+    assert re.search(r"adduser: locked 1\.0-1, available 3\.", done.stderr) and f"hpcutils image lock {NAME}" in done.stderr
+    assert "://" not in done.stderr and tree(home) == before
+    # Renewed, it is what it was, where the mirror still has all of it.
+    lock.unlink()
+    as_user("bash", "-c", f"PATH={ROOT}/.venv/bin:$PATH hpcutils image lock {NAME}", cwd=home, **variables)
+    renewed = parse_debian_lock(lock.read_text(), "renewed")
+    assert set(renewed.base) >= {"libc6", "python3", "apt"} and renewed.image["openmpi-bin"]
+
+
 def test_python_is_the_one_that_was_promised(sidecar: dict[str, Any]) -> None:
     assert sidecar["python"].startswith("3.11.")
+
+
+def test_the_image_takes_little_more_than_its_packages(built: dict[str, Any]) -> None:
+    """The limit is the project's own; what is over is what no package has: folders, caches, leftovers of a build."""
+    sizes = json.loads(as_user("hpcutils", "image", "show", built["path"], "--sizes", "--json").stdout)["sizes"]
+    needed = sum(sizes["python"].values()) + sum(sizes["debian"].values())
+    assert needed > 10**9
+    assert sizes["all_files"] <= 1.2 * needed
 
 
 def test_nothing_of_the_build_is_left(built: dict[str, Any]) -> None:
@@ -236,10 +280,10 @@ def test_of_two_builds_one_builds_and_one_waits(built: dict[str, Any], home: Pat
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Return every file and link under `folder`, but for lock files."""
+    """Return every file and link under `folder`, but for lock files, and Debian locks renewed on a mirror that has moved on."""
     found = [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]
     links = {str(p.relative_to(folder)): str(p.readlink()) if p.is_symlink() else str(p.stat().st_mtime_ns) for p in found}
-    return {name: value for name, value in links.items() if not name.endswith(".lock")}
+    return {name: value for name, value in links.items() if not name.endswith(".lock") and not name.startswith("cache/locks/")}
 
 
 def processes_of_builds(folder: Path) -> str:
@@ -376,6 +420,8 @@ variant = "cpu"
 suite = "bookworm"
 packages = ["ca-certificates", "python3", "python3-venv"]
 epoch = 1735689600
+[system]
+lock = "small.debian.txt"
 [python]
 version = "3.11"
 lock = "small.txt"
@@ -405,6 +451,7 @@ def small_recipe(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     entries = locked((CONTAINERS / f"locks/{NAME}.txt").read_text())
     files = {"small.toml": SMALL, "small.txt": entries["click"], "none.txt": "", "motd": "hello\n", "t.py": SELF_TEST}
+    files["small.debian.txt"] = (CONTAINERS / f"locks/{NAME}.debian.txt").read_text()
     for name, text in files.items():
         (folder / name).write_text(text)
     return folder / "small.toml"
@@ -423,6 +470,10 @@ def test_the_same_recipe_for_docker_and_on_top_of_an_archive(built: dict[str, An
     made = as_user(*words, "--format", "docker", "--builder", "buildah", **variables)
     archive = json.loads(made.stdout)
     assert archive["path"].endswith(".oci.tar") and "built by buildah" in made.stderr
+    assert list((home / "tmp").iterdir()) == []
+    # An archive can be tested at any time, as a SIF can, and leaves as little behind.
+    tested = json.loads(as_user("hpcutils", "image", "test", archive["path"], "--json", **variables).stdout)
+    assert tested["ok"] and {check["check"] for check in tested["checks"]} == {"mode", "variable", "code", "compiled"}
     assert list((home / "tmp").iterdir()) == []
     assert "up to date" in as_user(*words, "--format", "docker", **variables).stderr
 

@@ -10,6 +10,7 @@ import pytest
 from hpcutils.errors import ImageError, MissingPartError
 from hpcutils.image import builders
 from hpcutils.image.builders import Facts, Finding, choose, explain, file_system_of, look_at, look_for_builders, version_in
+from hpcutils.image.layers import show, versions
 from hpcutils.image.oci import Engine
 
 GOOD = Facts(None, 65536, True, Path("/tmp"), "ext4", 50 << 30)
@@ -81,6 +82,49 @@ def test_the_hint_of_a_machine_without_rights_says_what_to_do(path: Path, monkey
     assert caught.value.hint == "usermod --add-subuids"
 
 
+def test_a_buildx_that_cannot_write_archives_is_passed_over(path: Path) -> None:
+    script = 'case "$*" in "buildx inspect") echo "Driver:        {}" ;; *DriverStatus*) echo "{}" ;; *) echo 28.2.2 ;; esac'
+    program(path, "docker", script.format("docker", "[[Backing Filesystem extfs]]"))
+    found = look_at("docker", "docker", GOOD)
+    assert not found.works and "cannot write OCI archives" in found.why and "buildx create" in found.why
+    program(path, "docker", script.format("docker-container", "[]"))
+    assert look_at("docker", "docker", GOOD).works
+    program(path, "docker", script.format("docker", "[[driver-type io.containerd.snapshotter.v1]]"))
+    assert look_at("docker", "docker", GOOD).works
+
+
+def test_docker_is_passed_over_for_an_image_on_an_archive(path: Path) -> None:
+    program(path, "docker", "echo 28.2.2")
+    program(path, "buildah", 'echo "buildah version 1.28.2"')
+    assert choose(look_for_builders("docker", GOOD)).name == "docker"
+    findings = look_for_builders("docker", GOOD, on_archive=True)
+    assert choose(findings).name == "buildah"
+    with pytest.raises(ImageError, match="it cannot build on an archive"):
+        choose(findings, "docker")
+
+
+def test_singularity_can_be_asked_for(path: Path) -> None:
+    program(path, "singularity", "echo singularity-ce version 4.1.0")
+    assert choose(look_for_builders("apptainer", GOOD), "singularity").version == "4.1.0"
+    with pytest.raises(MissingPartError, match="'buildah' does not build this format") as caught:
+        choose(look_for_builders("apptainer", GOOD), "buildah")
+    assert "apptainer, singularity" in (caught.value.hint or "")
+
+
+def test_versions_are_asked_only_of_tools_that_are_needed(path: Path) -> None:
+    program(path, "mksquashfs", "echo mksquashfs version 4.5.1; exit 1")
+    assert versions("apptainer", "1.4", ("mksquashfs",)) == {"apptainer": "1.4", "mksquashfs": "mksquashfs version 4.5.1"}
+    assert versions("buildah", "1.28", ()) == {"buildah": "1.28"}
+
+
+@pytest.mark.parametrize("line", ["step: system packages", "#8 0.312 step: system packages"])
+def test_steps_of_every_builder_are_told(line: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        show(line)
+        show("STEP 3/9: RUN set -eu; echo 'step: system packages'")
+    assert caplog.messages == ["  system packages"]
+
+
 def test_one_that_is_too_old_is_passed_over(path: Path) -> None:
     program(path, "buildah", 'echo "buildah version 1.19.6"')
     assert look_at("buildah", "docker", GOOD).why == "too old: 1.26 or newer is needed"
@@ -132,10 +176,17 @@ def test_buildah_and_podman_keep_everything_in_the_folder_of_the_build(tmp_path:
         ]
 
 
+def test_an_engine_reaches_registries_as_the_site_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    environment = Engine("buildah", "buildah", tmp_path, {"https_proxy": "http://proxy.example:1"}).environment()
+    assert environment["https_proxy"] == "http://proxy.example:1" and environment["TMPDIR"] == str(tmp_path)
+    assert "SLURM_PROCID" not in environment
+
+
 def test_docker_writes_the_archive_itself(tmp_path: Path) -> None:
     engine = Engine("docker", "docker", tmp_path)
     assert engine.build_words("a", tmp_path / "a.oci.tar") == [
-        *("docker", "buildx", "build", "--file", f"{tmp_path}/context/Dockerfile"),
+        *("docker", "buildx", "build", "--progress", "plain", "--file", f"{tmp_path}/context/Dockerfile"),
         *("--build-context", f"build={tmp_path}/mnt", "--build-context", f"code={tmp_path}/code"),
         *("--output", f"type=oci,dest={tmp_path}/a.oci.tar", f"{tmp_path}/context"),
     ]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from hpcutils.errors import ImageError, RequestError
-from hpcutils.image.exec_line import bind, docker_argv, exec_argv, pyxis_options
+from hpcutils.image.exec_line import bind, docker_argv, exec_argv, passed_on, pyxis_options
 from hpcutils.image.find import find_image, images_folder
 from hpcutils.image.sif import SifObject, parse_listing, parse_name
+from hpcutils.launch.node_lines import environment_lines
 
 GOLDEN = Path(__file__).parents[1] / "golden/exec"
 
@@ -116,6 +118,36 @@ def test_options_of_pyxis() -> None:
     assert_golden("pyxis.txt", "\n".join([*options, *(f"{name}={value}" for name, value in variables.items())]) + "\n")
     with pytest.raises(RequestError, match="comma"):
         pyxis_options("a", ["/a,b:/c"])
+
+
+def test_pyxis_hands_gpus_in_where_they_are_asked_for() -> None:
+    options, variables = pyxis_options("a", gpu=True)
+    assert variables["NVIDIA_VISIBLE_DEVICES"] == "all" and variables["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
+    assert "NVIDIA_VISIBLE_DEVICES" in options[-1]
+    for words in (pyxis_options("a"), pyxis_options("a", gpu=True, variant="rocm")):
+        assert "NVIDIA_VISIBLE_DEVICES" not in words[1]
+
+
+CALLERS = {
+    "kept": ("HOME", "PATH", "LANG", "LC_ALL", "TMPDIR", "SLURM_PROCID", "SLURMD_NODENAME", "PMI_RANK", "PMIX_RANK", "PMIX_MCA_x"),
+    "kept too": ("CUDA_VISIBLE_DEVICES", "NCCL_DEBUG", "UCX_TLS", "HPCUTILS_SCRATCH", "SUBMITIT_EXECUTOR", "APPTAINER_BIND"),
+    "left out": ("KERAS_BACKEND", "LD_PRELOAD", "OMPI_MCA_btl", "OMPI_COMM_WORLD_RANK", "PYTHONPATH", "TF_XLA_FLAGS"),
+}
+
+
+def test_of_the_callers_environment_a_container_sees_what_is_listed() -> None:
+    everything = {name: "x" for names in CALLERS.values() for name in names}
+    assert set(passed_on(everything)) == {*CALLERS["kept"], *CALLERS["kept too"]}
+
+
+def test_a_batch_script_leaves_the_ranks_the_same() -> None:
+    """The lines themselves, run by bash."""
+    everything = {name: "x" for names in CALLERS.values() for name in names if name != "LD_PRELOAD"}
+    everything |= {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "LANG": "C"}
+    script = "\n".join([*environment_lines(), "env"])
+    done = subprocess.run(["bash", "-c", script], env=everything, capture_output=True, text=True, check=True)
+    seen = {line.partition("=")[0] for line in done.stdout.splitlines()} - {"_", "SHLVL", "PWD", "OLDPWD"}
+    assert done.stderr == "" and seen == {*CALLERS["kept"], *CALLERS["kept too"]}
 
 
 def test_rocm_has_a_flag_of_its_own() -> None:

@@ -13,16 +13,16 @@ import pytest
 
 from hpcutils.errors import ImageError, SpecError
 from hpcutils.hashing import digest_file
-from hpcutils.image import inside, retention, trust
+from hpcutils.image import builders, inside, retention, trials, trust
 from hpcutils.image.compare import Difference, Entry, changes, compare, difference, parse_tree
 from hpcutils.image.find import Image, find_image, sbom_of
 from hpcutils.image.listing import breakdown, known_image, list_images
 from hpcutils.image.plan import plan_build
-from hpcutils.image.publish import fingerprints, plan_publication, run_publication, set_status, with_entry
+from hpcutils.image.publish import fingerprints, plan_publication, run_publication, set_status, sign, with_entry
 from hpcutils.image.sbom import cyclonedx, package_url
 from hpcutils.image.selftest import Report, command_words, run_self_tests, slurm_words
 from hpcutils.image.trust import verify
-from hpcutils.specs.site import PublishedImage, Site, parse_site
+from hpcutils.specs.site import Launch, PublishedImage, Site, parse_site
 
 CHECKS = [{"check": "a", "ok": True, "seconds": 0.1, "seen": "1"}, {"check": "b", "ok": False, "seconds": 0.1, "seen": "no"}]
 PACKAGES = {"python": {"Keras_Core": "3.15.1"}, "debian": {"libstdc++6": "1:12.2.0-14~deb12"}}
@@ -63,6 +63,82 @@ def test_words_of_a_test() -> None:
     ]
 
 
+TRIED = "srun --mpi=pmix --kill-on-bad-exit=1 --quiet --nodes=2 --ntasks-per-node=4 --partition=gpu"
+
+
+def tried(monkeypatch, path: Path, variant: str, **how: object) -> str:
+    """Return the command that tests an image of a variant."""
+    said: list[list[str]] = []
+    monkeypatch.setattr(trials, "run_self_tests", lambda enter, env, launcher=(): said.append([*launcher, *enter]) or Report())
+    monkeypatch.setattr(trials, "find_builder", lambda: "apptainer")
+    monkeypatch.chdir(path)
+    image = built(path, variant=variant)
+    site = parse_site('[launch]\ngpus = "gres"\ngpu_type = "a100"\npartition = "gpu"\n', "site.toml")
+    if how.pop("cluster", False):
+        trials.try_on_cluster(image, site, 2, 4, None, **how)
+    else:
+        trials.try_here(image, **how)
+    return " ".join(said[0])
+
+
+@pytest.mark.parametrize(("variant", "flag"), [("cuda", "--nv"), ("rocm", "--rocm")])
+def test_an_image_for_gpus_is_tested_with_them(tmp_path, monkeypatch, variant, flag) -> None:
+    for cluster in (False, True):
+        line = tried(monkeypatch, tmp_path, variant, cluster=cluster)
+        assert f" {flag} " in line and "--env HPCUTILS_TEST_GPU=1" in line
+        assert line.startswith(f"{TRIED} --gres=gpu:a100:4 apptainer ") is cluster
+        line = tried(monkeypatch, tmp_path, variant, cluster=cluster, gpu=False)
+        assert flag not in line and "HPCUTILS_TEST_GPU" not in line and "--gres" not in line
+
+
+def test_an_image_without_gpus_is_tested_without_them(tmp_path, monkeypatch) -> None:
+    line = tried(monkeypatch, tmp_path, "cpu", cluster=True)
+    assert line.startswith(f"{TRIED} apptainer ") and "HPCUTILS_TEST_GPU" not in line and "--nv" not in line
+    assert "--nv" in tried(monkeypatch, tmp_path, "cpu", gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "words"),
+    [
+        ("gpus-per-node", ["--gpus-per-node=4"]),
+        ("gres", ["--gres=gpu:4"]),
+        ("gpus", ["--gpus=8"]),
+        ("gpus-per-task", ["--gpus-per-task=1"]),
+        ("none", []),
+    ],
+)
+def test_a_test_asks_for_gpus_in_the_sites_dialect(dialect, words) -> None:
+    assert trials.gpu_options(Launch(gpus=dialect), 2, 4) == words
+
+
+def test_an_archive_is_tested_by_what_runs_it(tmp_path, monkeypatch) -> None:
+    """buildah is a script here: it says which container it made, and answers as the programs inside would."""
+    said = json.dumps({"checks": CHECKS[:1], "packages": PACKAGES, "python": "3.11.2"})
+    script = f"""#!/bin/sh
+echo "$*" >> {tmp_path}/asked
+case "$*" in
+  --version) echo "buildah version 1.28.2" ;;
+  *" from "*) echo working-container ;;
+  *list.json) echo '[{{"script": "0.py", "ranks": 1}}]' ;;
+  *0.py) echo '{said}' ;;
+esac
+"""
+    (tmp_path / "bin").mkdir()
+    for name, text in {"buildah": script, "unshare": "#!/bin/sh\n"}.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin")
+    monkeypatch.setattr(builders, "rights_problem", lambda: None)
+    archive = tmp_path / "a.oci.tar"
+    archive.write_bytes(b"tar")
+    report = trials.try_here(find_image(str(archive)))
+    assert [check["check"] for check in report.checks] == ["a"]
+    asked = (tmp_path / "asked").read_text()
+    assert f"from --quiet oci-archive:{archive}" in asked and "rm working-container" in asked
+    with pytest.raises(ImageError, match="GPUs are handed to a SIF alone"):
+        trials.try_here(find_image(str(archive)), gpu=True)
+
+
 def test_reports_of_several_tests_are_one(tmp_path: Path) -> None:
     """The image is a folder here, and what enters it a script that answers as the programs inside would."""
     said = {"checks": CHECKS, "packages": PACKAGES, "python": "3.11.2"}
@@ -100,6 +176,11 @@ def test_the_bill_of_materials_names_every_package_once() -> None:
     ]
     assert bill == cyclonedx("a", "d" * 64, "f" * 64, PACKAGES)
     assert bill["serialNumber"] != cyclonedx("a", "d" * 64, "e" * 64, PACKAGES)["serialNumber"]
+
+
+def test_two_spellings_of_a_name_are_one_package() -> None:
+    bill = cyclonedx("a", "d" * 64, "f" * 64, {"python": {"Keras_Core": "1", "keras-core": "1", "keras.core": "2"}, "debian": {}})
+    assert [component["purl"] for component in bill["components"]] == ["pkg:pypi/keras-core@1", "pkg:pypi/keras-core@2"]
 
 
 def test_names_of_pypi_are_normal() -> None:
@@ -297,6 +378,45 @@ def test_a_withdrawn_image_is_refused_and_a_deprecated_one_is_warned_of(tmp_path
     assert "the image 'standard' is deprecated: take standard-2" in caplog.text
 
 
+@pytest.mark.parametrize("how", ["path", "link"])
+def test_a_published_image_is_known_by_its_file_too(tmp_path, how) -> None:
+    """A path says which file is meant, and the site's word holds for the file, however it is named."""
+    image = built(tmp_path / "apps")
+    site = Site(images={"standard": published(image, status="withdrawn", note="a wrong NCCL")})
+    (tmp_path / "mine.sif").symlink_to(image.path)
+    name = str(image.path if how == "path" else tmp_path / "mine.sif")
+    found, said = known_image(name, site)
+    assert said == site.images["standard"]
+    with pytest.raises(ImageError, match="was withdrawn: a wrong NCCL"):
+        verify(found, said, name, site=site)
+
+
+def test_an_altered_image_of_the_site_is_refused_by_its_path(tmp_path) -> None:
+    image = built(tmp_path)
+    site = Site(images={"standard": published(image)})
+    image.path.write_bytes(b"siF")
+    # Whoever changes the file may write its sidecar as well.
+    image.path.with_suffix(".json").unlink()
+    found, said = known_image(str(image.path), site)
+    with pytest.raises(ImageError, match="is not the file that was published"):
+        verify(found, said, str(image.path), site=site)
+
+
+def test_a_copy_of_a_withdrawn_image_is_refused_by_what_is_in_it(tmp_path) -> None:
+    image = built(tmp_path / "apps")
+    withdrawn = published(image, status="withdrawn", note="a wrong NCCL")
+    (tmp_path / "copy.sif").write_bytes(image.path.read_bytes())
+    site = Site(images={"standard": withdrawn})
+    found, said = known_image(str(tmp_path / "copy.sif"), site)
+    assert said is None
+    with pytest.raises(ImageError, match=r"copy\.sif is the withdrawn image 'standard': a wrong NCCL"):
+        verify(found, said, "copy.sif", site=site)
+    # What is withdrawn under one name and vouched for under another is vouched for.
+    both = Site(images={"standard": withdrawn, "standard-2": published(image)})
+    assert verify(found, None, "copy.sif", site=both).sha256 == image.sha256
+    assert known_image(str(image.path), both)[1] == both.images["standard-2"]
+
+
 def test_a_signature_is_asked_for_where_the_site_names_a_key(tmp_path) -> None:
     image = built(tmp_path)
     with pytest.raises(ImageError, match=r"gone.asc: no such file: the public key"):
@@ -323,6 +443,35 @@ def test_publishing_copies_and_gives_the_image_its_entry(tmp_path) -> None:
     assert parse_site(site_file.read_text(), "site.toml").images["standard"].status == "withdrawn"
     with pytest.raises(SpecError, match="no image is published as 'other'"):
         set_status(site_file, site, "other", "withdrawn", "")
+
+
+def test_two_aliases_of_one_image_are_two_files(tmp_path) -> None:
+    """Each may be signed with a key of its own, and a signature is part of the file."""
+    image, site_file = built(tmp_path / "own"), tmp_path / "site.toml"
+    plans = [plan_publication(image, alias, tmp_path / "apps", site_file, None) for alias in ("standard", "standard-2")]
+    for plan in plans:
+        run_publication(plan)
+    assert [plan.target.name for plan in plans] == [f"{alias}-{image.digest[:12]}.sif" for alias in ("standard", "standard-2")]
+    assert all(plan.target.is_file() for plan in plans)
+
+
+@pytest.mark.parametrize("alias", ["./a.sif", "a.sif", "a b", ""])
+def test_what_cannot_be_an_alias_is_told_before_anything_is_copied(tmp_path, alias) -> None:
+    with pytest.raises(SpecError, match="cannot be the name of a published image") as caught:
+        plan_publication(built(tmp_path / "own"), alias, tmp_path / "apps", tmp_path / "site.toml", None)
+    assert caught.value.hint == "give it one: --as NAME" and not (tmp_path / "apps").exists()
+
+
+def test_the_public_key_is_there_while_it_is_exported_again(tmp_path, monkeypatch) -> None:
+    """Apptainer is a script: exporting fails, and users still have the key that they had."""
+    listing = "0)  User:  a\n    Fingerprint:  AB12\n"
+    (tmp_path / "apptainer").write_text(f'#!/bin/sh\n[ "$2" = list ] && printf "{listing}" && exit\n[ "$2" != export ]\n')
+    (tmp_path / "apptainer").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    (tmp_path / "standard.asc").write_text("the old key")
+    with pytest.raises(ImageError):
+        sign(tmp_path / "a.sif", 0, tmp_path / "standard.asc", "")
+    assert (tmp_path / "standard.asc").read_text() == "the old key"
 
 
 def test_keys_are_told_apart_by_their_fingerprints() -> None:

@@ -8,11 +8,14 @@ import pytest
 
 from hpcutils.errors import ImageError, MissingPartError, SpecError
 from hpcutils.image import lock
-from hpcutils.image.lock import Resolution, plan_lock, run_lock
+from hpcutils.image.lock import Resolution, plan_lock, run_lock, uv_environment
+from hpcutils.image.machine import Machine
+from hpcutils.specs.site import Build
 
 ROOT = Path(__file__).parents[2]
 LOCKS = ROOT / "containers/locks"
 HASH = "0" * 64
+HERE = Machine({}, Path("/nowhere"), Path("/nowhere"))
 ENTRY = f"tomlkit==0.13.3 \\\n    --hash=sha256:{HASH}\n"
 
 
@@ -55,29 +58,49 @@ def test_an_extra_lock_agrees_with_the_one_below_and_repeats_nothing(tmp_path: P
 
 def test_a_lock_is_made_and_stays_as_it_is_when_nothing_changed(uv: Path) -> None:
     step = Resolution(uv / "a.in", uv / "a.txt", (uv / "gone.txt",), ())
-    assert run_lock(step, upgrade=False).changes == ("tomlkit none → 0.13.3",)
+    assert run_lock(step, HERE, upgrade=False).changes == ("tomlkit none → 0.13.3",)
     assert step.lock.read_text() == f"# Made by 'hpcutils image lock' from a.in.\n{ENTRY}"
     assert "gone.txt" not in (uv / "asked").read_text()
     # Another head would be another digest of every image, for nothing.
     step.lock.write_text(f"# a head of its own\n{ENTRY}")
-    assert run_lock(step, upgrade=False).changes == ()
+    assert run_lock(step, HERE, upgrade=False).changes == ()
     assert step.lock.read_text().startswith("# a head of its own")
     (uv / "answer").write_text(ENTRY.replace("0.13.3", "0.14.0"))
-    assert run_lock(step, upgrade=True).changes == ("tomlkit 0.13.3 → 0.14.0",)
+    assert run_lock(step, HERE, upgrade=True).changes == ("tomlkit 0.13.3 → 0.14.0",)
 
 
 def test_a_lock_that_would_name_an_address_is_refused(uv: Path) -> None:
     step = Resolution(uv / "a.in", uv / "a.txt", (), ())
     (uv / "answer").write_text(f"--index-url https://pypi.example/simple\n{ENTRY}")
     with pytest.raises(ImageError, match="would name an address"):
-        run_lock(step, upgrade=False)
+        run_lock(step, HERE, upgrade=False)
     assert not step.lock.exists()
+
+
+def test_uv_is_told_what_pip_and_the_site_know(uv: Path) -> None:
+    """uv reads neither pip's files nor the site's profile."""
+    (uv / "bin/uv").write_text(f'#!/bin/sh\nenv > {uv}/environment\nfor last; do :; done\ncat {uv}/answer > "$last"\n')
+    (uv / "pip.conf").write_text(
+        "[global]\nextra-index-url = https://a.example/simple\n    https://b.example/simple\nfind-links = /w /x\n"
+    )
+    site = Build(proxy="http://proxy.example:1", pip_index="https://site.example/simple")
+    machine = Machine({"PIP_CONFIG_FILE": str(uv / "pip.conf")}, uv, uv / "etc", site)
+    run_lock(Resolution(uv / "a.in", uv / "a.txt", (), ()), machine, upgrade=False)
+    seen = dict(line.split("=", 1) for line in (uv / "environment").read_text().splitlines() if "=" in line)
+    wanted = {
+        "UV_DEFAULT_INDEX": "https://site.example/simple",
+        "UV_INDEX": "https://a.example/simple https://b.example/simple",
+        "UV_FIND_LINKS": "/w,/x",
+        "http_proxy": "http://proxy.example:1",
+    }
+    assert wanted.items() <= seen.items()
+    assert "UV_DEFAULT_INDEX" not in uv_environment(Machine({"UV_DEFAULT_INDEX": "https://mine"}, uv, uv / "etc", site))
 
 
 def test_what_cannot_be_had_together_is_told_without_addresses(uv: Path) -> None:
     (uv / "bin/uv").write_text("#!/bin/sh\necho 'no solution at https://pypi.example/simple' >&2\nexit 1\n")
     with pytest.raises(ImageError, match="no solution at <address>"):
-        run_lock(Resolution(uv / "a.in", uv / "a.txt", (), ()), upgrade=False)
+        run_lock(Resolution(uv / "a.in", uv / "a.txt", (), ()), HERE, upgrade=False)
 
 
 def test_without_uv_or_without_in_files_the_next_step_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

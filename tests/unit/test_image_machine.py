@@ -7,16 +7,22 @@ from pathlib import Path
 
 import pytest
 
+from hpcutils.errors import ImageError
 from hpcutils.image.machine import (
     AptEntry,
     Machine,
     apt_entries,
+    apt_options,
     build_files,
+    certificate_file,
     debian_entries,
+    network,
     pip_settings,
+    proxies,
     sources_list,
     without_addresses,
 )
+from hpcutils.specs.site import Build
 
 ROOT = Path(__file__).parents[2]
 KEY = "/usr/share/keyrings/debian-archive-keyring.gpg"
@@ -149,6 +155,78 @@ def test_proxies_reach_the_build_whatever_is_in_them(tmp_path: Path) -> None:
     text = build_files(Machine({"https_proxy": password}, tmp_path, tmp_path), "bookworm").texts["settings.sh"]
     done = subprocess.run(["sh", "-c", f'{text}\nprintf %s "$https_proxy"'], capture_output=True, text=True, check=True)
     assert done.stdout == password
+
+
+SITE = Build(proxy="http://site.example:1", no_proxy=".site.example", pip_index="https://site.example/simple")
+
+
+def test_a_users_settings_win_over_the_sites(tmp_path: Path) -> None:
+    """Variables in either case, and pip's own files, too."""
+    etc = tmp_path / "etc"
+    assert pip_settings(Machine({}, tmp_path, etc, SITE)) == {"index-url": "https://site.example/simple"}
+    (tmp_path / ".config/pip").mkdir(parents=True)
+    (tmp_path / ".config/pip/pip.conf").write_text("[global]\nindex-url = https://mine.example/simple\n")
+    assert pip_settings(Machine({}, tmp_path, etc, SITE)) == {"index-url": "https://mine.example/simple"}
+    assert proxies(Machine({}, tmp_path, etc, SITE)) == {
+        "http_proxy": "http://site.example:1",
+        "https_proxy": "http://site.example:1",
+        "no_proxy": ".site.example",
+    }
+    # Most programs read the lower case first: the site's must not stand beside the user's.
+    assert proxies(Machine({"HTTPS_PROXY": "http://mine.example:2", "no_proxy": "mine"}, tmp_path, etc, SITE)) == {
+        "http_proxy": "http://site.example:1",
+        "HTTPS_PROXY": "http://mine.example:2",
+        "no_proxy": "mine",
+    }
+
+
+def test_certificates_are_the_users_then_the_sites_then_the_machines(tmp_path: Path) -> None:
+    etc = tmp_path / "etc"
+    (etc / "ssl/certs").mkdir(parents=True)
+    for name in ("mine.pem", "conf.pem", "site.pem", "etc/ssl/certs/ca-certificates.crt"):
+        (tmp_path / name).write_text("certificate")
+    site = Build(ca_bundle=str(tmp_path / "site.pem"))
+    assert certificate_file(Machine({}, tmp_path, etc)) == etc / "ssl/certs/ca-certificates.crt"
+    assert certificate_file(Machine({}, tmp_path, etc, site)) == tmp_path / "site.pem"
+    (etc / "pip.conf").write_text(f"[global]\ncert = {tmp_path}/conf.pem\n")
+    assert certificate_file(Machine({}, tmp_path, etc, site)) == tmp_path / "conf.pem"
+    mine = Machine({"CURL_CA_BUNDLE": str(tmp_path / "mine.pem")}, tmp_path, etc, site)
+    assert certificate_file(mine) == tmp_path / "mine.pem"
+    assert network(mine) == {"SSL_CERT_FILE": str(tmp_path / "mine.pem")}
+    # A program of this machine finds the machine's own by itself.
+    assert network(Machine({}, tmp_path, tmp_path / "etc")) == {"SSL_CERT_FILE": str(tmp_path / "conf.pem")}
+
+
+def test_the_folder_for_builds(tmp_path: Path) -> None:
+    for name in ("roomy", "mine"):
+        (tmp_path / name).mkdir()
+    site = Build(temporary=str(tmp_path / "roomy"))
+    assert Machine({}, tmp_path, site=site).temporary() == tmp_path / "roomy"
+    assert Machine({"TMPDIR": str(tmp_path / "mine")}, tmp_path, site=site).temporary() == tmp_path / "mine"
+    with pytest.raises(ImageError, match=r"/gone: no such folder, and TMPDIR says"):
+        Machine({"TMPDIR": "/gone"}, tmp_path, site=site).temporary()
+    with pytest.raises(ImageError, match=r"build\.temporary of site\.toml says"):
+        Machine({}, tmp_path, site=Build(temporary="/gone")).temporary()
+
+
+@pytest.mark.parametrize(
+    "text", ['Acquire::http::Proxy "http://apt.example:3142";', 'Acquire { http { Proxy "http://apt.example:3142"; }; };']
+)
+def test_apts_own_proxy_reaches_apt_and_nobody_else(apt: Path, text: str) -> None:
+    """One that keeps packages of Debian (apt-cacher) need not serve anything else."""
+    (apt / "apt.conf.d").mkdir()
+    (apt / "apt.conf.d/99proxy").write_text(f'{text}\nAcquire::http::Proxy::direct.example "DIRECT";\nAPT::Get::Assume-Yes "1";\n')
+    machine = Machine({"PATH": "/usr/bin:/bin"}, apt, apt.parent)
+    wanted = ['Acquire::http::Proxy "http://apt.example:3142";', 'Acquire::http::Proxy::direct.example "DIRECT";']
+    assert apt_options(machine) == wanted
+    files = build_files(machine, "bookworm")
+    assert all(line in files.texts["apt.conf"] for line in wanted)
+    assert "apt.example" not in files.texts["settings.sh"] + files.texts["pip.conf"]
+
+
+def test_a_machine_without_apt_has_no_settings_of_it(apt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(apt))
+    assert apt_options(Machine({}, apt, apt.parent)) == []
 
 
 def test_output_is_shown_without_addresses() -> None:

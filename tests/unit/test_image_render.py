@@ -152,6 +152,28 @@ def test_the_base_is_told_only_public_addresses() -> None:
     assert argv[-3:] == ["bookworm", "base.tar", "sources.list"]
 
 
+def test_apts_settings_hold_for_the_bootstrap_and_leave_nothing(tmp_path: Path) -> None:
+    """The hooks, run by the shell as mmdebstrap runs them: with the new system's folder as their argument."""
+    settings, root = tmp_path / "it's settings", tmp_path / "root"
+    settings.mkdir()
+    (root / "etc/apt/apt.conf.d").mkdir(parents=True)
+    (settings / "apt.conf").write_text("proxy")
+    argv = bootstrap_argv(standard().base, Path("sources.list"), Path("base.tar"), settings)
+    hooks = [word.partition("=")[2] for word in argv if "zz-build" in word]
+    assert [word.partition("=")[0] for word in argv if "zz-build" in word] == ["--setup-hook", "--customize-hook"]
+    subprocess.run(["sh", "-ec", hooks[0], "exec", str(root)], check=True)
+    assert (root / "etc/apt/apt.conf.d/zz-build").read_text() == "proxy"
+    subprocess.run(["sh", "-ec", hooks[1], "exec", str(root)], check=True)
+    assert [path for path in root.rglob("*") if path.is_file()] == []
+
+
+def test_an_image_without_fonts_is_built_too() -> None:
+    """Not every recipe has fontconfig: what is in its folder is dated only where there is one."""
+    text = SMALL.replace("[python]", '[system]\npackages = ["git"]\n[python]')
+    lines = [line for step in stages(parse_recipe(text, "small.toml"))[1].steps for line in step.lines if "/etc/fonts" in line]
+    assert len(lines) == 1 and lines[0].startswith("if command -v fc-cache; then ") and lines[0].endswith("; fi")
+
+
 def test_a_recipe_without_compiled_packages_has_no_step_for_them() -> None:
     text = SMALL.replace(SMALL[SMALL.index("packages = [{") : SMALL.index("[environment]")], "")
     assert "wheel" not in definition(parse_recipe(text, "small.toml"))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hpcutils.errors import RequestError, SpecError
+from hpcutils.image.machine import Machine, network
 from hpcutils.launch.request import Layout, gpu_request, plan_request
 from hpcutils.rundir import RunDirectory
 from hpcutils.specs.job import Job, load_job
@@ -44,6 +45,12 @@ note = "take standard-2"
 """
 
 
+@pytest.fixture(autouse=True)
+def somebody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whom the profile's folders are named after: a variable that nobody has set is refused."""
+    monkeypatch.setenv("SOMEBODY", "ada")
+
+
 def digits(**resources: object) -> Job:
     job = load_job(ROOT / "jobs/digits/train.yaml")
     return job.model_copy(update={"resources": job.resources.model_copy(update=resources)})
@@ -74,7 +81,7 @@ def test_the_search_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('mpi = "pmix_v4"', 'mpy = "pmix"', "site.toml: launch.mpy: unknown key; did you mean 'mpi'?"),
+        ('mpi = "pmix_v4"', 'mpy = "pmix"', "site.toml:4:1: launch.mpy: unknown key; did you mean 'mpi'?"),
         ('gpus = "gres"', 'gpus = "gpu"', "launch.gpus: Input should be"),
         ('sha256 = "ab', 'sha256 = "xy', "images.standard.sha256: "),
         ('path = "/apps/', 'path = "apps/', "images.standard.path: "),
@@ -92,8 +99,7 @@ def test_a_wrong_key_or_value_is_told(old: str, new: str, message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_a_profile_changes_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOMEBODY", "ada")
+def test_a_profile_changes_the_request() -> None:
     parameters, argv = request(parse_site(WHOLE, "site.toml"))
     assert parameters["srun_args"][0] == "--mpi=pmix_v4"
     assert parameters["partition"] == "gpu"
@@ -144,10 +150,12 @@ def test_asking_for_more_than_a_partition_gives_is_told_at_once(resources: dict[
     request(parse_site(WHOLE, "site.toml"), partition="other", **resources)
 
 
-def test_build_settings_are_variables_that_a_build_reads() -> None:
-    build = parse_site(WHOLE, "site.toml").build
-    assert build.environment() == {
+def test_build_settings_are_variables_that_a_build_reads(tmp_path: Path) -> None:
+    (tmp_path / "site-ca.pem").write_text("certificate")
+    text = WHOLE.replace("/etc/site-ca.pem", str(tmp_path / "site-ca.pem"))
+    machine = Machine({}, tmp_path, tmp_path / "etc", parse_site(text, "site.toml").build)
+    assert network(machine) == {
         "http_proxy": "http://proxy.example:3128",
         "https_proxy": "http://proxy.example:3128",
-        "SSL_CERT_FILE": "/etc/site-ca.pem",
+        "SSL_CERT_FILE": str(tmp_path / "site-ca.pem"),
     }

@@ -6,18 +6,20 @@ FROM oci-archive:base.tar AS base
 
 FROM base AS python
 
-# what the base lacks
+# what the base lacks, in the versions of the lock
 RUN --mount=type=bind,from=build,target=/mnt \
     set -eu; \
+    echo 'step: what the base lacks, in the versions of the lock'; \
     export DEBIAN_FRONTEND=noninteractive; \
     if [ -e /mnt/settings.sh ]; then . /mnt/settings.sh; fi; \
     apt-get update; \
-    apt-get install --yes --no-install-recommends python3; \
+    apt-get install --yes --no-install-recommends -o Dir::Etc::Preferences=/mnt/locks/apt python3; \
     rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/cache/ldconfig/* /var/log/*
 
 # Python packages, every file checked against its hash in the lock
 RUN --mount=type=bind,from=build,target=/mnt \
     set -eu; \
+    echo 'step: Python packages, every file checked against its hash in the lock'; \
     export DEBIAN_FRONTEND=noninteractive; \
     if [ -e /mnt/settings.sh ]; then . /mnt/settings.sh; fi; \
     python3 -m venv /opt/hpcutils-env; \
@@ -27,6 +29,7 @@ RUN --mount=type=bind,from=build,target=/mnt \
 # some-thing 1.0, compiled against the packages above
 RUN --mount=type=bind,from=build,target=/mnt \
     set -eu; \
+    echo 'step: some-thing 1.0, compiled against the packages above'; \
     export DEBIAN_FRONTEND=noninteractive; \
     if [ -e /mnt/settings.sh ]; then . /mnt/settings.sh; fi; \
     if [ -e /mnt/wheels/.complete ]; then \
@@ -48,6 +51,7 @@ RUN --mount=type=bind,from=build,target=/mnt \
 # the compiled packages
 RUN --mount=type=bind,from=build,target=/mnt \
     set -eu; \
+    echo 'step: the compiled packages'; \
     export DEBIAN_FRONTEND=noninteractive; \
     if [ -e /mnt/settings.sh ]; then . /mnt/settings.sh; fi; \
     /opt/hpcutils-env/bin/pip install --no-cache-dir --no-compile --no-deps --no-index /opt/wheels/*.whl
@@ -55,6 +59,7 @@ RUN --mount=type=bind,from=build,target=/mnt \
 # nothing is installed into a finished image; compiled files, and dates
 RUN \
     set -eu; \
+    echo 'step: nothing is installed into a finished image; compiled files, and dates'; \
     /opt/hpcutils-env/bin/pip uninstall --yes pip; \
     python3 -m compileall -q -f -j 0 --invalidation-mode unchecked-hash /opt/hpcutils-env/lib >/dev/null || true; \
     find /opt/hpcutils-env -xdev -newermt '2025-01-01 00:00:00 UTC' -exec touch -h -d '2025-01-01 00:00:00 UTC' {} +
@@ -63,23 +68,26 @@ FROM base AS image
 COPY --from=python /opt/hpcutils-env /opt/hpcutils-env
 COPY files/0-motd /etc/motd
 
-# what the base lacks
+# what the base lacks, in the versions of the lock
 RUN --mount=type=bind,from=build,target=/mnt \
     set -eu; \
+    echo 'step: what the base lacks, in the versions of the lock'; \
     export DEBIAN_FRONTEND=noninteractive; \
     if [ -e /mnt/settings.sh ]; then . /mnt/settings.sh; fi; \
     apt-get update; \
-    apt-get install --yes --no-install-recommends python3; \
+    apt-get install --yes --no-install-recommends -o Dir::Etc::Preferences=/mnt/locks/apt python3; \
     rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/cache/ldconfig/* /var/log/*
 
 # modes of copied files
 RUN \
     set -eu; \
+    echo 'step: modes of copied files'; \
     chmod 0600 /etc/motd
 
 # where Python finds the packages, and hpcutils' own code, which comes last
 RUN \
     set -eu; \
+    echo 'step: where Python finds the packages, and hpcutils own code, which comes last'; \
     echo /hpcutils-src > /opt/hpcutils-env/lib/python3.11/site-packages/hpcutils.pth; \
     mkdir -p /usr/local/lib/python3.11/dist-packages; \
     echo 'import site; site.addsitedir("/opt/hpcutils-env/lib/python3.11/site-packages")' > /usr/local/lib/python3.11/dist-packages/hpcutils-env.pth; \

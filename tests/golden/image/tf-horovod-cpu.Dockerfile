@@ -10,6 +10,7 @@ FROM base AS python
 # Python packages, every file checked against its hash in the lock
 RUN --mount=type=bind,from=build,target=/mnt \
     set -eu; \
+    echo 'step: Python packages, every file checked against its hash in the lock'; \
     export DEBIAN_FRONTEND=noninteractive; \
     if [ -e /mnt/settings.sh ]; then . /mnt/settings.sh; fi; \
     python3 -m venv /opt/hpcutils-env; \
@@ -19,14 +20,15 @@ RUN --mount=type=bind,from=build,target=/mnt \
 # h5py 3.14.0 and horovod 0.28.1, compiled against the packages above
 RUN --mount=type=bind,from=build,target=/mnt \
     set -eu; \
+    echo 'step: h5py 3.14.0 and horovod 0.28.1, compiled against the packages above'; \
     export DEBIAN_FRONTEND=noninteractive; \
     if [ -e /mnt/settings.sh ]; then . /mnt/settings.sh; fi; \
     if [ -e /mnt/wheels/.complete ]; then \
         cp -r /mnt/wheels /opt/wheels; \
     else \
         apt-get update; \
-        apt-get install --yes --no-install-recommends cmake g++ libfarmhash-dev libhdf5-openmpi-dev libhighwayhash-dev \
-            libopenmpi-dev make pkg-config python3-dev; \
+        apt-get install --yes --no-install-recommends -o Dir::Etc::Preferences=/mnt/locks/apt cmake g++ \
+            libfarmhash-dev libhdf5-openmpi-dev libhighwayhash-dev libopenmpi-dev make pkg-config python3-dev; \
         rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/cache/ldconfig/* /var/log/*; \
         /opt/hpcutils-env/bin/pip install --no-cache-dir --no-compile --no-deps --require-hashes --only-binary=:all: \
             --target /opt/tools --requirement /mnt/locks/tools.txt; \
@@ -49,6 +51,7 @@ RUN --mount=type=bind,from=build,target=/mnt \
 # the compiled packages
 RUN --mount=type=bind,from=build,target=/mnt \
     set -eu; \
+    echo 'step: the compiled packages'; \
     export DEBIAN_FRONTEND=noninteractive; \
     if [ -e /mnt/settings.sh ]; then . /mnt/settings.sh; fi; \
     /opt/hpcutils-env/bin/pip install --no-cache-dir --no-compile --no-deps --no-index /opt/wheels/*.whl
@@ -56,6 +59,7 @@ RUN --mount=type=bind,from=build,target=/mnt \
 # nothing is installed into a finished image; compiled files, and dates
 RUN \
     set -eu; \
+    echo 'step: nothing is installed into a finished image; compiled files, and dates'; \
     /opt/hpcutils-env/bin/pip uninstall --yes pip; \
     python3 -m compileall -q -f -j 0 --invalidation-mode unchecked-hash /opt/hpcutils-env/lib >/dev/null || true; \
     find /opt/hpcutils-env -xdev -newermt '2025-01-01 00:00:00 UTC' -exec touch -h -d '2025-01-01 00:00:00 UTC' {} +
@@ -63,21 +67,23 @@ RUN \
 FROM base AS image
 COPY --from=python /opt/hpcutils-env /opt/hpcutils-env
 
-# system packages
+# system packages, in the versions of the lock
 RUN --mount=type=bind,from=build,target=/mnt \
     set -eu; \
+    echo 'step: system packages, in the versions of the lock'; \
     export DEBIAN_FRONTEND=noninteractive; \
     if [ -e /mnt/settings.sh ]; then . /mnt/settings.sh; fi; \
     apt-get update; \
-    apt-get install --yes --no-install-recommends graphviz libhdf5-openmpi-103-1 libhdf5-openmpi-hl-100 \
-        openmpi-bin; \
+    apt-get install --yes --no-install-recommends -o Dir::Etc::Preferences=/mnt/locks/apt graphviz \
+        libhdf5-openmpi-103-1 libhdf5-openmpi-hl-100 openmpi-bin; \
     rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/cache/ldconfig/* /var/log/*; \
-    if command -v fc-cache; then mkdir -p /usr/share/fonts /usr/local/share/fonts; find /usr/share/fonts /usr/local/share/fonts -type d -exec touch -d '2025-01-01 00:00:00 UTC' {} +; fc-cache -sf; fi; \
-    find /etc/fonts /usr /var -xdev -newermt '2025-01-01 00:00:00 UTC' -exec touch -h -d '2025-01-01 00:00:00 UTC' {} +
+    if command -v fc-cache; then mkdir -p /usr/share/fonts /usr/local/share/fonts; find /usr/share/fonts /usr/local/share/fonts -type d -exec touch -d '2025-01-01 00:00:00 UTC' {} +; fc-cache -sf; find /etc/fonts -xdev -newermt '2025-01-01 00:00:00 UTC' -exec touch -h -d '2025-01-01 00:00:00 UTC' {} +; fi; \
+    find /usr /var -xdev -newermt '2025-01-01 00:00:00 UTC' -exec touch -h -d '2025-01-01 00:00:00 UTC' {} +
 
 # where Python finds the packages, and hpcutils' own code, which comes last
 RUN \
     set -eu; \
+    echo 'step: where Python finds the packages, and hpcutils own code, which comes last'; \
     echo /hpcutils-src > /opt/hpcutils-env/lib/python3.11/site-packages/hpcutils.pth; \
     mkdir -p /usr/local/lib/python3.11/dist-packages; \
     echo 'import site; site.addsitedir("/opt/hpcutils-env/lib/python3.11/site-packages")' > /usr/local/lib/python3.11/dist-packages/hpcutils-env.pth; \

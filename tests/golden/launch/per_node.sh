@@ -32,6 +32,9 @@ for folder in "${SLURM_TMPDIR:-}" "${TMPDIR:-}"; do
     /*) [ ! -d "$folder" ] || export APPTAINER_BIND="${APPTAINER_BIND:+$APPTAINER_BIND,}$folder" ;;
   esac
 done
+for name in $(compgen -e); do
+  case $name in HOME | USER | LOGNAME | SHELL | PATH | LD_LIBRARY_PATH | PWD | TMPDIR | TERM | LANG | LC_* | TZ | SLURM_* | SLURMD_* | PMI_* | PMI2_* | PMIX_* | MUNGE* | KRB5CCNAME | XDG_RUNTIME_DIR | DBUS_SESSION_BUS_ADDRESS | APPTAINER* | SINGULARITY* | ENROOT_* | HPCUTILS_* | SUBMITIT_* | CUDA_VISIBLE_DEVICES | CUDA_MPS_* | NVIDIA_* | ROCR_VISIBLE_DEVICES | HIP_VISIBLE_DEVICES | GPU_DEVICE_ORDINAL | UCX_* | FI_* | NCCL_* | RCCL_* | PSM2_* | HFI_* | MLX5_* | http_proxy | https_proxy | no_proxy | HTTP_PROXY | HTTPS_PROXY | NO_PROXY) ;; *) unset "$name" 2>/dev/null ;; esac
+done
 
 # command
 export SUBMITIT_EXECUTOR=slurm
