@@ -32,6 +32,7 @@ def manifest(places: tuple[Path, ...], output: Path | None, segment_mib: int, as
     """Read every file of a DIR, or of several FILEs, once, and write its size and digests; print the manifest's path.
 
     A million files take no more memory than one. Paths start from the DIR, or from the folder that all FILEs are in.
+    The manifest itself, and the older one that it replaces, are left out where they lie in the DIR.
     """
     from hpcutils.staging.manifest import common_folder, find_files, write_manifest
 

@@ -11,6 +11,7 @@ packed. A line has the digests (xxh3_128) of the segments that end in its file; 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -298,7 +299,7 @@ def write_manifest(files: Iterable[Found], target: Path, segment_bytes: int = SE
 
     Args:
         files: For instance of `find_files`.
-        target: The manifest; it appears when it is complete.
+        target: The manifest; it appears when it is complete. It is no part of what it lists, also where it lies among the files.
         segment_bytes: Bytes of a segment.
 
     Raises:
@@ -308,7 +309,10 @@ def write_manifest(files: Iterable[Found], target: Path, segment_bytes: int = SE
     seen: set[int] = set()
     with fs.publishing(target) as temporary, temporary.open("w", encoding="ascii") as stream:
         stream.write(json.dumps({"format": FORMAT, "segment_bytes": segment_bytes}) + "\n")
+        own = _identities(temporary, target)
         for file in files:
+            if own & _identities(file.path):
+                continue
             # 64 bits of a name: a million of them need 60 MB, and meet by chance once in ten million manifests.
             seen.add(hash(file.name))
             entry = _listed(file, cutter)
@@ -318,6 +322,16 @@ def write_manifest(files: Iterable[Found], target: Path, segment_bytes: int = SE
                 raise DataError(f"{file.name!r} is listed twice", "name it, or the folder that it is in, once")
         stream.write(json.dumps({"files": count, "size": size, "tail": cutter.tail()}) + "\n")
     return read_manifest(target)
+
+
+def _identities(*paths: Path) -> set[tuple[int, int]]:
+    """Return what the files are whatever they are called; one that is not there is none."""
+    found = set()
+    for path in paths:
+        with contextlib.suppress(OSError):
+            facts = path.stat()
+            found.add((facts.st_dev, facts.st_ino))
+    return found
 
 
 def _listed(file: Found, cutter: Cutter) -> Entry:

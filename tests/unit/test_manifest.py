@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import xxhash
@@ -45,6 +46,17 @@ def test_files_start_from_the_folder_that_holds_them(tmp_path):
     make_files(tmp_path)
     found = find_files([tmp_path / "large.h5", tmp_path / "small" / "deep"])
     assert [file.name for file in found] == ["large.h5", "small/deep/empty"]
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["the first", "in place of an older one"])
+def test_a_manifest_among_its_files_does_not_list_itself(tmp_path, monkeypatch, older):
+    source = make_files(tmp_path / "source")
+    wanted = [file.name for file in find_files([source])]
+    monkeypatch.chdir(source)
+    if older:
+        (source / "m.jsonl").write_text("older\n")
+    made = write_manifest(find_files([Path()]), Path("m.jsonl"), SEGMENT)
+    assert [entry.path for entry in made.entries()] == wanted
 
 
 def test_names_outside_of_unicode_survive(tmp_path):
