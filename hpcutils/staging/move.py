@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
+from pathlib import Path
 
 from hpcutils import fs
 from hpcutils.errors import DataError, HpcutilsError, IntegrityError
@@ -129,6 +130,7 @@ class Move:
             assert head is not None
             return head.digest
         with disk_errors(self.place):
+            self._require_all(self.partial)
             digest = self.dataset.key if follower is None else follower.digest()
             self._check(digest)
             self._list(digest)
@@ -137,6 +139,15 @@ class Move:
             head = Head(self.dataset.name, self.dataset.files, self.dataset.size_bytes, digest, moved, round(seconds, 3))
             store.complete(self.partial, self.place, head)
         return digest
+
+    def _require_all(self, partial: Path) -> None:
+        """Refuse to publish what nobody wrote down as proved and written."""
+        finished = store.read_finished(partial, self.dataset.segment_bytes)
+        for number in range(self.dataset.segment_count):
+            if number not in finished:
+                raise DataError(
+                    f"segment {number} of {self.dataset.name} never got to {partial}", "submit the job again; report this, please"
+                )
 
     def _check(self, digest: str) -> None:
         entry = self.dataset.entry
