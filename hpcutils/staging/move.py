@@ -45,10 +45,17 @@ class Move:
     """One dataset on its way to the nodes that lack it."""
 
     def __init__(
-        self, dataset: Dataset, place: Place, looked: Looked, origin: Origin, leaders: Leaders, rounds: list[Round]
+        self,
+        dataset: Dataset,
+        place: Place,
+        looked: Looked,
+        origin: Origin,
+        leaders: Leaders,
+        rounds: list[Round],
+        mark: str | None = None,
     ) -> None:
         self.dataset, self.place, self.looked = dataset, place, looked
-        self.origin, self.leaders, self.rounds = origin, leaders, rounds
+        self.origin, self.leaders, self.rounds, self.mark = origin, leaders, rounds, mark
         self.pool = Pool(BUFFERS, min(dataset.segment_bytes, max(dataset.size_bytes, 1)))
         self.ring = Ring(leaders, self.pool)
         self.origin_bytes = 0
@@ -64,6 +71,7 @@ class Move:
         try:
             with contextlib.closing(self._progress()) as shows:
                 self._go_round(follower, shows)
+            self._confirm()
             return self.leaders.together(lambda: self._complete(follower, started_s))
         except HpcutilsError:
             if follower is not None:
@@ -139,6 +147,27 @@ class Move:
             head = Head(self.dataset.name, self.dataset.files, self.dataset.size_bytes, digest, moved, round(seconds, 3))
             store.complete(self.partial, self.place, head)
         return digest
+
+    def _confirm(self) -> None:
+        """Hold a source that no digest vouches for against what it was before: one that changed was read half old, half new."""
+        if self.mark is None:
+            return
+        try:
+            self.leaders.together(self._require_unchanged)
+        except HpcutilsError:
+            if self.partial is not None:
+                store.discard(self.partial, self.place)
+            raise
+        finally:
+            self.origin.close()
+
+    def _require_unchanged(self) -> None:
+        path = self.dataset.name if self.dataset.entry is None else self.dataset.entry.path
+        if self.origin.mark(path) != self.mark:
+            raise DataError(
+                f"{self.origin.where(path)} changed while it was read; nothing of it was published",
+                "submit the job again when nobody writes to it, or name its sha256",
+            )
 
     def _require_all(self, partial: Path) -> None:
         """Refuse to publish what nobody wrote down as proved and written."""

@@ -40,6 +40,9 @@ class Origin(Protocol):
     def size_bytes(self, path: str) -> int | None:
         """Return a file's length; `None` where the origin does not say."""
 
+    def mark(self, path: str) -> str:
+        """Ask anew, and return what is another text when the file was changed or replaced meanwhile."""
+
     def where(self, path: str) -> str:
         """Return how a file is called in messages."""
 
@@ -103,8 +106,18 @@ class FolderOrigin:
 
     def size_bytes(self, path: str) -> int | None:
         """Return the file's length."""
+        return self._facts(path).st_size
+
+    def mark(self, path: str) -> str:
+        """Return what changes with the file's bytes. The time of change cannot be set back, as the time of writing can."""
+        facts = self._facts(path)
+        return f"{facts.st_ino} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
+
+    def _facts(self, path: str) -> os.stat_result:
         try:
-            return self._locate(path).stat().st_size
+            # Opened: NFS asks its server then, and may answer a bare stat from memory.
+            with self._locate(path).open("rb", buffering=0) as stream:
+                return os.fstat(stream.fileno())
         except OSError as exc:
             raise DataError(
                 f"no such file: {self.where(path)} ({exc.strerror})", "data must be on a file system that the nodes can see"
@@ -221,6 +234,10 @@ class WebOrigin:
                 failures += 1
                 self._wait(Piece(path, 0, 0, 0, 0), failures, exc)
 
+    def mark(self, path: str) -> str:
+        """Return the server's own mark; where it gives none, the length is all there is."""
+        return f"{self.size_bytes(path)} {self._validator}"
+
     def knows_ranges(self, path: str, total_bytes: int) -> bool:
         """Say whether parts of the file can be had: else one reads it all."""
         if self._validator is None:
@@ -291,6 +308,14 @@ class FsspecOrigin:
         file = self._opened(path)
         with _fsspec_errors(self.where(path)):
             return int(file.seek(0, os.SEEK_END))
+
+    def mark(self, path: str) -> str:
+        """Return what fsspec knows a version of a file by."""
+        url = self._locate(path)
+        with _fsspec_errors(shown(url)):
+            system, inside = _fsspec().core.url_to_fs(url)
+            system.invalidate_cache()
+            return str(system.ukey(inside))
 
     def where(self, path: str) -> str:
         """Return the URL as it may stand in a log."""

@@ -110,6 +110,7 @@ def stage_dataset(
     single: bool = False,
     whole: bool = False,
     origin: Origin | None = None,
+    mark: str | None = None,
 ) -> Outcome:
     """Have `dataset` on every node; each leader calls it with the same arguments.
 
@@ -121,6 +122,7 @@ def stage_dataset(
         single: See `base`.
         whole: The first leader reads it all.
         origin: What `base` was opened as already.
+        mark: What its file was known by before it was read, where no digest tells whether it changed meanwhile.
 
     Raises:
         DataError: The source cannot be read, or a node has no room. On every leader.
@@ -135,7 +137,8 @@ def stage_dataset(
             return _already(dataset, place, started_s, leaders)
         origin = origin or origin_of(base, bounded=leaders.size > 1, single=single)
         divisible = not whole and _is_divisible(origin, dataset, leaders)
-        move = Move(dataset, place, looked, origin, leaders, plan_rounds(dataset.segment_count, haves, divisible=divisible))
+        rounds = plan_rounds(dataset.segment_count, haves, divisible=divisible)
+        move = Move(dataset, place, looked, origin, leaders, rounds, mark)
         digest = move.run(started_s)
     except HpcutilsError:
         store.give_up(place)
@@ -219,12 +222,13 @@ def stage_item(item: Item, settings: Settings, leaders: Leaders) -> Outcome:
             return _already(dataset, place, started_s, leaders)
     origin = origin_of(item.origin, bounded=leaders.size > 1, single=True)
     with contextlib.closing(origin):
+        mark = leaders.together(lambda: origin.mark(item.name)) if item.sha256 is None else None
         facts = leaders.together(lambda: facts_of(item, origin) if leaders.rank == 0 else (0, ""))
         size_bytes, identity = leaders.gather(facts)[0]
         if size_bytes is None:
             return _download_first(item, settings, leaders)
         dataset = dataset_of_file(item.name, size_bytes, item.sha256, identity, leaders.size)
-        return stage_dataset(dataset, item.origin, settings, leaders, single=True, origin=origin)
+        return stage_dataset(dataset, item.origin, settings, leaders, single=True, origin=origin, mark=mark)
 
 
 def _download_first(item: Item, settings: Settings, leaders: Leaders) -> Outcome:
@@ -261,8 +265,12 @@ def _warm(place: Place, verify: bool) -> Head | None:
 def facts_of(item: Item, origin: Origin) -> tuple[int | None, str]:
     """Return a file's length (`None` where the server does not say), and what it is known by where no digest says more."""
     size_bytes = origin.size_bytes(item.name)
-    changed = Path(item.origin).stat().st_mtime_ns if item.origin.startswith("/") else 0
+    changed = "0" if item.sha256 is not None else _version(item, origin)
     return size_bytes, f"{item.origin}\0{size_bytes}\0{changed}"
+
+
+def _version(item: Item, origin: Origin) -> str:
+    return str(Path(item.origin).stat().st_mtime_ns) if item.origin.startswith("/") else origin.mark(item.name)
 
 
 def stage(item: Item, root: Path) -> Staged:
