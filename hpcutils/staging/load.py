@@ -97,6 +97,7 @@ class Loader:
 
     Attributes:
         origin_bytes: Bytes that were read from the origin.
+        rotten: Segments of `here` that proved right once and do not any more.
     """
 
     def __init__(self, origin: Origin, here: Path | None, finished: dict[int, str], node: str) -> None:
@@ -104,6 +105,7 @@ class Loader:
         self._here = None if here is None else FolderOrigin(lambda path: here / path)
         self._threads = ThreadPoolExecutor(origin.threads, thread_name_prefix="load")
         self.origin_bytes = 0
+        self.rotten: set[int] = set()
         self._lock = threading.Lock()
 
     def __enter__(self) -> Loader:
@@ -135,7 +137,8 @@ class Loader:
             _fill(self._here, segment, data)
             if digest_of(data) == expected:
                 return expected
-        # Rotten since it was proved: it comes from the origin, and is written once more.
+        # It comes from the origin, and is written once more where a partial is filled.
+        self.rotten.add(segment.number)
         del self._finished[segment.number]
         return None
 

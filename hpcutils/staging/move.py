@@ -60,6 +60,8 @@ class Move:
         self.ring = Ring(leaders, self.pool)
         self.origin_bytes = 0
         self.partial = looked.partial
+        # The dataset that this node had complete, and gave to others, is not what it was.
+        self.rotten = False
 
     def counts(self) -> tuple[int, int, int]:
         """Return bytes read from the origin, bytes received from neighbours, and segments asked for again."""
@@ -108,6 +110,7 @@ class Move:
                 self.leaders.raise_any(error or self.ring.error or (landing.error if landing is not None else None))
             self.leaders.together(lambda: landing.wait() if landing is not None else None)
             self.origin_bytes = loader.origin_bytes
+            self.rotten = self.partial is None and bool(loader.rotten)
 
     def _loads(self, slots: list[Segment | None], mine: Load | None) -> Iterator[Load]:
         if mine is not None:

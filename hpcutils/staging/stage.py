@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hpcutils import fs
-from hpcutils.errors import DataError, HpcutilsError
+from hpcutils.errors import DataError, HpcutilsError, IntegrityError
 from hpcutils.log import LOGGER
 from hpcutils.staging import cache, store
 from hpcutils.staging.dataset import Dataset, dataset_of_file, dataset_of_manifest
@@ -111,6 +111,7 @@ def stage_dataset(
     whole: bool = False,
     origin: Origin | None = None,
     mark: str | None = None,
+    again: bool = True,
 ) -> Outcome:
     """Have `dataset` on every node; each leader calls it with the same arguments.
 
@@ -123,6 +124,7 @@ def stage_dataset(
         whole: The first leader reads it all.
         origin: What `base` was opened as already.
         mark: What its file was known by before it was read, where no digest tells whether it changed meanwhile.
+        again: A node whose complete copy turns out to be rotten while it gives of it may be mended, once.
 
     Raises:
         DataError: The source cannot be read, or a node has no room. On every leader.
@@ -147,9 +149,38 @@ def stage_dataset(
     totals = [sum(column) for column in zip(*leaders.gather(move.counts()), strict=True)]
     seconds = time.monotonic() - started_s
     outcome = Outcome(place.files, digest, dataset.size_bytes, totals[0], totals[1], seconds, leaders.size, totals[2])
+    rotten = [rank for rank, found in enumerate(leaders.gather(move.rotten)) if found]
+    if rotten:
+        return _mend(dataset, base, settings, leaders, outcome, rotten, again=again, single=single, whole=whole, mark=mark)
     if leaders.rank == 0:
         LOGGER.info("%s", summary(dataset.name, outcome))
     return outcome
+
+
+def _mend(
+    dataset: Dataset,
+    base: str,
+    settings: Settings,
+    leaders: Leaders,
+    first: Outcome,
+    rotten: list[int],
+    *,
+    again: bool,
+    single: bool,
+    whole: bool,
+    mark: str | None,
+) -> Outcome:
+    """Stage once more: the nodes of the leaders `rotten` hash all that they have, and get what is wrong of it."""
+    if not again:
+        raise IntegrityError(
+            f"{dataset.name} on the node of leader {rotten[0]} changes again and again",
+            "its disk or memory is at fault: leave it out",
+        )
+    LOGGER.warning("%s: %d nodes had a damaged copy under its name; it is mended", dataset.name, len(rotten))
+    settings = replace(settings, verify=settings.verify or leaders.rank in rotten)
+    more = stage_dataset(dataset, base, settings, leaders, single=single, whole=whole, mark=mark, again=False)
+    sums = {name: getattr(first, name) + getattr(more, name) for name in ("origin_bytes", "received_bytes", "seconds", "repeats")}
+    return replace(more, **sums)
 
 
 def _already(dataset: Dataset, place: Place, started_s: float, leaders: Leaders) -> Outcome:
