@@ -7,21 +7,18 @@ import getpass
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpcutils import fs
-from hpcutils.errors import DataError, SpecError
+from hpcutils.errors import SpecError
 from hpcutils.log import LOGGER
 from hpcutils.staging import store
-from hpcutils.staging.load import digest_of
-from hpcutils.staging.manifest import read_manifest
-from hpcutils.staging.origins import FolderOrigin
 from hpcutils.staging.owner import is_alive, is_mine, owner_in, this_process
 from hpcutils.staging.plan import Kept
-from hpcutils.staging.segments import cut
-from hpcutils.staging.store import FILES, KINDS, LIST, MARKER, PINS, Place
+from hpcutils.staging.proof import trouble
+from hpcutils.staging.store import KINDS, MARKER, PINS, Place
 
 
 def cache_root(named: str | None = None) -> Path:
@@ -85,6 +82,11 @@ def pins_of(place: Place) -> tuple[str, ...]:
                 else:
                     Path(entry.path).unlink(missing_ok=True)
     return tuple(sorted(found))
+
+
+def is_used_by_others(place: Place) -> bool:
+    """Say whether another process than this one uses a dataset now."""
+    return any(not is_mine(owner) for owner in pins_of(place))
 
 
 def kept_in(root: Path) -> list[Kept]:
@@ -187,41 +189,6 @@ class Verified:
 def verify(root: Path, kept: Kept) -> Verified:
     """Hash every segment of a complete dataset again."""
     return Verified(kept, tuple(trouble(Place(root, kept.kind, kept.key))))
-
-
-def trouble(place: Place) -> list[str]:
-    """Return what is wrong with a complete dataset: files that do not prove right, or what is kept about them."""
-    try:
-        manifest = read_manifest(place.entry / LIST)
-        first = next(manifest.entries(), None)
-        listed = place.kind in ("manifest", "unpacked")
-        digest = manifest.digest() if listed else (first.sha256 if first is not None else None) or "none"
-        head = store.read_head(place.entry)
-        known = place.kind in ("stat", "unpacked") or place.key.startswith(digest)
-        if head is None or (head.size_bytes, head.digest) != (manifest.total.size_bytes, digest) or not known:
-            return ["(its list of files, or its marker)"]
-        wrong = list(dict.fromkeys(_wrong_files(place.entry)))
-    except SpecError as exc:
-        return [exc.message]
-    return wrong or ([] if store.is_intact(place.entry) else ["(a file's time, or a file too many)"])
-
-
-def _wrong_files(folder: Path) -> Iterator[str]:
-    manifest = read_manifest(folder / LIST)
-    files = folder / FILES
-    origin = FolderOrigin(lambda path: files / path)
-    memory = memoryview(bytearray(min(manifest.segment_bytes, manifest.total.size_bytes)))
-    for segment in cut(manifest.entries(), manifest.segment_bytes, manifest.total.tail):
-        data, lost = memory[: segment.size_bytes], False
-        for piece in segment.pieces:
-            try:
-                origin.read(piece, data[piece.at : piece.at + piece.size_bytes])
-            except DataError:
-                lost = True
-                yield piece.path
-        if not lost and digest_of(data) != segment.digest:
-            yield from (piece.path for piece in segment.pieces)
-    origin.close()
 
 
 def choose(root: Path, names: Iterable[str]) -> list[Kept]:

@@ -9,6 +9,7 @@ from hpcutils.staging import cache, store
 from hpcutils.staging.dataset import Dataset
 from hpcutils.staging.load import prove
 from hpcutils.staging.plan import Facts, Kept, StagePlan, State, plan_stage
+from hpcutils.staging.proof import remark, trouble
 from hpcutils.staging.store import FILES, Place
 
 
@@ -25,27 +26,32 @@ class Looked:
         facts: For the plan.
         partial: The folder that is to be filled; `None` when nothing is, or nothing may be touched.
         finished: Digests of the segments that are there, by number.
+        wrong: Inode of a dataset that is not what it was, and keeps its name until this one takes it: a running job uses it.
     """
 
     facts: Facts
     partial: Path | None
     finished: dict[int, str]
+    wrong: int | None = None
 
 
 def look(dataset: Dataset, place: Place, *, verify: bool = False, take: bool = False) -> Looked:
     """Find out what is there. With `take` a partial is claimed, or made, for this process; without, nothing is touched.
 
-    A complete dataset that is not what it was is taken out of its name with `take`: what is right of it is kept.
+    A complete dataset that is not what it was is taken out of its name with `take`, and what is right of it is kept; but not under
+    the hands of a running job: then another one is made beside it.
     """
     root = place.root
     state: State = "missing"
     folder: Path | None = None
+    wrong: int | None = None
     if place.entry.is_dir():
-        if not cache.trouble(place) if verify else store.is_intact(place.entry):
+        if is_sound(place, verify) or (take and remark(place, dataset.name)):
             finished = store.read_finished(place.entry, dataset.segment_bytes)
             facts = Facts("present", frozenset(finished), dataset.size_bytes, cache.free_bytes(root), _others(place))
             return Looked(facts, None, finished)
-        state, folder = "corrupt", (store.put_aside(place) if take else place.entry)
+        state, wrong = "corrupt", store.inode_of(place.entry)
+        folder = place.entry if not take else None if cache.is_used_by_others(place) else store.put_aside(place)
         if folder is not None and take:
             store.prune(folder, (entry.path for entry in dataset.entries()))
     if folder is None:
@@ -59,7 +65,12 @@ def look(dataset: Dataset, place: Place, *, verify: bool = False, take: bool = F
     if state == "partial" and not finished:
         state = "missing"
     facts = Facts(state, frozenset(finished), have_bytes, cache.free_bytes(root), _others(place))
-    return Looked(facts, folder if take else None, finished)
+    return Looked(facts, folder if take else None, finished, wrong)
+
+
+def is_sound(place: Place, verify: bool) -> bool:
+    """Say whether a dataset that has its name is what it was; `verify` hashes it."""
+    return not trouble(place) if verify else store.is_intact(place.entry)
 
 
 def _others(place: Place) -> tuple[Kept, ...]:

@@ -148,7 +148,7 @@ class Move:
             seconds = time.monotonic() - started_s
             moved = self.dataset.size_bytes - self.looked.facts.have_bytes
             head = Head(self.dataset.name, self.dataset.files, self.dataset.size_bytes, digest, moved, round(seconds, 3))
-            store.complete(self.partial, self.place, head)
+            store.complete(self.partial, self.place, head, self.looked.wrong)
         return digest
 
     def _confirm(self) -> None:

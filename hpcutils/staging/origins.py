@@ -55,12 +55,14 @@ class FolderOrigin:
 
     Args:
         locate: From a path in the dataset to the file.
+        follow: A link counts as what it leads to. In the cache none is expected.
     """
 
     threads = 2
 
-    def __init__(self, locate: Callable[[str], Path]) -> None:
+    def __init__(self, locate: Callable[[str], Path], *, follow: bool = True) -> None:
         self._locate = locate
+        self._flags = os.O_RDONLY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
         # Each thread keeps the last file that it read a part of.
         self._open: dict[int, tuple[str, int]] = {}
 
@@ -86,7 +88,7 @@ class FolderOrigin:
         path, descriptor = self._open.get(thread, (None, -1))
         if path != piece.path:
             self._drop(thread)
-            descriptor = os.open(self._locate(piece.path), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self._locate(piece.path), self._flags)
             self._open[thread] = (piece.path, descriptor)
             length = os.fstat(descriptor).st_size
             if length != piece.file_bytes:

@@ -22,6 +22,7 @@ from hpcutils.staging.manifest import read_manifest
 from hpcutils.staging.move import Move, disk_errors
 from hpcutils.staging.origins import Origin, WebOrigin, origin_of
 from hpcutils.staging.plan import StagePlan, shown_bytes
+from hpcutils.staging.proof import trouble
 from hpcutils.staging.ring import plan_rounds
 from hpcutils.staging.store import Head, Place
 
@@ -287,7 +288,7 @@ def _warm(place: Place, verify: bool) -> Head | None:
         return None
     with disk_errors(place):
         cache.pin(place)
-    if not store.is_intact(place.entry) or (verify and cache.trouble(place)):
+    if not store.is_intact(place.entry) or (verify and trouble(place)):
         return None
     cache.touch(place)
     return store.read_head(place.entry)

@@ -30,6 +30,7 @@ from hpcutils.errors import DataError, IntegrityError
 from hpcutils.log import LOGGER
 from hpcutils.staging.archive import flush
 from hpcutils.staging.owner import is_alive, is_mine, owner_in, this_process
+from hpcutils.staging.swap import swap
 
 FILES, SEGMENTS, LIST, MARKER = "files", "segments", "manifest.jsonl", "complete.jsonl"
 KINDS = ("manifest", "sha256", "stat", "unpacked")
@@ -142,7 +143,7 @@ def read_head(entry: Path) -> Head | None:
     try:
         with (entry / MARKER).open(encoding="ascii") as stream:
             return Head(**json.loads(stream.readline()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 
@@ -157,14 +158,14 @@ def is_intact(entry: Path) -> bool:
         time.sleep(LOOK_AGAIN_S)
     try:
         with (entry / MARKER).open(encoding="ascii") as stream:
-            next(stream)
+            stream.readline()
             for folders, line in enumerate(stream):
                 inside, facts = json.loads(line)
                 if inside is None:
                     return bool(facts == folders)
                 if _facts(entry / FILES / inside) != facts:
                     return False
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
     return False
 
@@ -180,7 +181,7 @@ def _facts(folder: Path) -> dict[str, list[int] | None]:
     return found
 
 
-def _marker_lines(files: Path, head: Head) -> Iterator[str]:
+def marker_lines(files: Path, head: Head) -> Iterator[str]:
     """Yield the marker's lines.
 
     Raises:
@@ -203,8 +204,14 @@ def _marker_lines(files: Path, head: Head) -> Iterator[str]:
     yield json.dumps([None, folders]) + "\n"
 
 
-def complete(partial: Path, place: Place, head: Head) -> None:
+def complete(partial: Path, place: Place, head: Head, wrong: int | None = None) -> None:
     """Give a partial that has all its bytes its name: flushed, with its marker, by one rename.
+
+    Args:
+        partial: The folder.
+        place: Where it goes. What is there already stays if it is as good, and is replaced at once if not.
+        head: The marker's first line.
+        wrong: The inode of a folder that has the name and is to be replaced, whatever its marker says.
 
     Raises:
         IntegrityError: It has other files than it should.
@@ -212,20 +219,40 @@ def complete(partial: Path, place: Place, head: Head) -> None:
     """
     _flush(partial, head.files)
     with fs.publishing(partial / MARKER) as temporary, temporary.open("w", encoding="ascii") as stream:
-        stream.writelines(_marker_lines(partial / FILES, head))
-    while True:
-        try:
-            partial.rename(place.entry)
-            break
-        except OSError as exc:
-            if exc.errno not in TAKEN:
-                raise
-        if is_intact(place.entry):
-            # Another process was faster: its files are as good.
-            discard(partial, place)
-            return
-        put_aside(place)
+        stream.writelines(marker_lines(partial / FILES, head))
+    while not _named(partial, place, wrong):
+        pass
     fs.fsync_path(place.entry.parent)
+
+
+def _named(partial: Path, place: Place, wrong: int | None) -> bool:
+    """Give `partial` its name; says whether that is done, or another process was faster and we must look again."""
+    try:
+        partial.rename(place.entry)
+        return True
+    except OSError as exc:
+        if exc.errno not in TAKEN:
+            raise
+    if inode_of(place.entry) != wrong and is_intact(place.entry):
+        # Another process was faster: its files are as good.
+        discard(partial, place)
+        return True
+    try:
+        old = swap(partial, place.entry, place.temporary(TRASH))
+    except OSError as exc:
+        if exc.errno not in TAKEN:
+            raise
+        return False
+    if old is not None:
+        discard(old, place)
+    return True
+
+
+def inode_of(folder: Path) -> int | None:
+    """Return which folder has a name now; `None` for none."""
+    with contextlib.suppress(OSError):
+        return folder.stat().st_ino
+    return None
 
 
 def _flush(folder: Path, files: int) -> None:

@@ -10,9 +10,11 @@ from hpcutils.errors import DataError
 from hpcutils.staging import cache, store
 from hpcutils.staging.archive import unpack
 from hpcutils.staging.leaders import Leaders
+from hpcutils.staging.look import is_sound
 from hpcutils.staging.manifest import Found, write_manifest
 from hpcutils.staging.members import Limits
 from hpcutils.staging.move import disk_errors
+from hpcutils.staging.proof import remark
 from hpcutils.staging.stage import Settings
 from hpcutils.staging.store import FILES, LIST, Head, Place
 
@@ -40,7 +42,7 @@ def unpack_archive(packed: Path, digest: str, member: str, settings: Settings, l
 def _member(packed: Path, place: Place, member: str, settings: Settings) -> Path:
     with disk_errors(place):
         cache.pin(place)
-        if not _is_there(place, settings.verify):
+        if not (place.entry.is_dir() and (is_sound(place, settings.verify) or remark(place, packed.name))):
             _unpack(packed, place)
         cache.touch(place)
     path = place.files / member
@@ -50,23 +52,23 @@ def _member(packed: Path, place: Place, member: str, settings: Settings) -> Path
     return path
 
 
-def _is_there(place: Place, verify: bool) -> bool:
-    return place.entry.is_dir() and (not cache.trouble(place) if verify else store.is_intact(place.entry))
-
-
 def _unpack(packed: Path, place: Place) -> None:
     """Unpack into a partial, list what came out, and give it its name."""
     started_s = time.monotonic()
     for left in place.partials():
         store.discard(left, place)
-    store.discard(place.entry, place)
+    # What a running job uses keeps its name until this one takes it.
+    wrong = store.inode_of(place.entry)
+    if not cache.is_used_by_others(place):
+        store.discard(place.entry, place)
     partial = store.new_partial(place)
     try:
         names = unpack(packed, partial / FILES, FORMATS, Limits.of(packed), packed.name)
         files = (Found(name, partial / FILES / name) for name in names if not (partial / FILES / name).is_symlink())
         made = write_manifest(files, partial / LIST)
         size_bytes, seconds = made.total.size_bytes, round(time.monotonic() - started_s, 3)
-        store.complete(partial, place, Head(packed.name, len(names), size_bytes, made.digest(), size_bytes, seconds))
+        head = Head(packed.name, len(names), size_bytes, made.digest(), size_bytes, seconds)
+        store.complete(partial, place, head, wrong)
     except BaseException:
         fs.remove(partial)
         raise

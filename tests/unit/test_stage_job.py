@@ -81,6 +81,27 @@ def test_a_member_of_an_archive(folder, verify):
     assert left_in(root) == []
 
 
+def test_the_content_of_an_archive_is_not_taken_from_a_running_job(folder, monkeypatch):
+    digest = tar(folder)
+    files = f"[{{path: set.tar.gz, sha256: {digest}, extract: sets/train.h5}}]"
+    found, _ = staged(folder, files, "train.h5")
+    root = folder.parent / "cache"
+    (member,) = root.glob("unpacked/*/files/sets/train.h5")
+    monkeypatch.setattr(cache, "is_used_by_others", lambda place: True)
+    inode = member.stat().st_ino
+    os.utime(member)
+    assert staged(folder, files, "train.h5")[0] == found
+    assert member.stat().st_ino == inode
+    discarded, honest = [], store.discard
+    monkeypatch.setattr(store, "discard", lambda path, place: discarded.append(path.name) or honest(path, place))
+    member.write_bytes(b"changed")
+    assert staged(folder, files, "train.h5")[0] == found
+    # What is thrown away had lost its name to the new one before.
+    assert len(discarded) == 1
+    assert discarded[0].startswith(".")
+    assert left_in(root) == []
+
+
 def test_an_archive_that_a_manifest_lists(folder):
     with zipfile.ZipFile(folder / "sets" / "set.zip", "w") as archive:
         archive.write(folder / "labels.h5", "in/labels.h5")
