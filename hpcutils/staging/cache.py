@@ -20,6 +20,12 @@ from hpcutils.staging.plan import Kept
 from hpcutils.staging.proof import trouble
 from hpcutils.staging.store import KINDS, MARKER, PINS, Place
 
+REASONS = {
+    "complete": "not used for longest",
+    "damaged": "its marker cannot be read",
+    "left": "left by a job that was killed",
+}
+
 
 def cache_root(named: str | None = None) -> Path:
     """Return the node-local cache.
@@ -90,19 +96,41 @@ def is_used_by_others(place: Place) -> bool:
 
 
 def kept_in(root: Path) -> list[Kept]:
-    """Return the complete datasets of a cache, least recently used first."""
+    """Return the datasets of a cache that have a name, least recently used first."""
     kept = (_kept(place) for kind in KINDS for place in _places(root, kind))
     found = [each for each in kept if each is not None]
     return sorted(found, key=lambda kept: kept.used_s)
 
 
 def _kept(place: Place) -> Kept | None:
+    """Return a dataset; `None` when it has no marker: somebody removes it."""
+    try:
+        used_s = (place.entry / MARKER).lstat().st_mtime
+    except OSError:
+        return None
     head = store.read_head(place.entry)
     if head is None:
-        return None
-    used_s = (place.entry / MARKER).stat().st_mtime
+        return Kept(
+            place.kind, place.key, place.key[:12], 0, store.taken_bytes(place.entry), used_s, pins_of(place), 0.0, "damaged"
+        )
     rate = head.moved_bytes / head.seconds if head.seconds > 0 else 0.0
     return Kept(place.kind, place.key, head.name, head.files, head.size_bytes, used_s, pins_of(place), rate)
+
+
+def begun_in(root: Path) -> list[Kept]:
+    """Return what was begun and has no name: what killed jobs left, and what running ones (its pins) are at."""
+    return [each for kind in KINDS for path in store.hidden(root, kind) if (each := _begun(kind, path)) is not None]
+
+
+def _begun(kind: str, path: Path) -> Kept | None:
+    key, mark, name = path.name[1:].partition(store.TRASH if store.TRASH in path.name else store.PART)
+    owner = owner_in(name) if mark else None
+    with contextlib.suppress(OSError):
+        used_s = path.lstat().st_mtime
+        if owner is not None:
+            pins = (str(owner),) if is_alive(owner, used_s) else ()
+            return Kept(kind, key, path.name, 0, store.taken_bytes(path), used_s, pins, 0.0, "growing" if pins else "left")
+    return None
 
 
 def touch(place: Place) -> None:
@@ -161,16 +189,17 @@ def _places(root: Path, kind: str) -> list[Place]:
 def make_room(root: Path, which: Iterable[Kept]) -> None:
     """Evict what a plan says; what was pinned since it was made stays."""
     for kept in which:
-        if evict(Place(root, kept.kind, kept.key)):
-            LOGGER.info("evicted %s (%d bytes), not used for longest", kept.name, kept.size_bytes)
+        if remove(root, kept):
+            LOGGER.info("evicted %s (%d bytes): %s", kept.name, kept.size_bytes, REASONS[kept.state])
 
 
-def forget_partials(root: Path) -> int:
-    """Remove all that killed processes left, partials too; returns how many."""
-    lefts = [left for kind in KINDS for left in store.leftovers(root, kind)]
-    for left in lefts:
-        fs.remove(left)
-    return len(lefts)
+def remove(root: Path, kept: Kept) -> bool:
+    """Remove what takes room, unless a job that runs uses it or is at it; says whether it went."""
+    place = Place(root, kept.kind, kept.key)
+    if kept.state in ("complete", "damaged"):
+        return evict(place)
+    # Who claims it at this moment has renamed it: it is not there then.
+    return kept.state == "left" and store.discard(root / kept.kind / kept.name, place)
 
 
 @dataclass(frozen=True)
@@ -191,13 +220,18 @@ def verify(root: Path, kept: Kept) -> Verified:
     return Verified(kept, tuple(trouble(Place(root, kept.kind, kept.key))))
 
 
-def choose(root: Path, names: Iterable[str]) -> list[Kept]:
+def choose(root: Path, names: Iterable[str], *, begun: bool = False) -> list[Kept]:
     """Return the datasets that are called so: by name, key or the beginning of one; all without names.
+
+    Args:
+        root: The cache.
+        names: What is asked for.
+        begun: Return what has no name yet too.
 
     Raises:
         SpecError: There is none of a name.
     """
-    kept, names = kept_in(root), list(names)
+    kept, names = kept_in(root) + (begun_in(root) if begun else []), list(names)
     for name in names:
         if not any(_is_called(each, name) for each in kept):
             raise SpecError(f"no dataset {name!r} in {root}", f"there are: {', '.join(each.name for each in kept) or 'none'}")
@@ -208,23 +242,24 @@ def _is_called(kept: Kept, name: str) -> bool:
     return bool(name) and (kept.name == name or kept.key.startswith(name))
 
 
-def evict_all(root: Path, which: Iterable[Kept], *, partials: bool = False) -> tuple[list[Kept], list[Kept]]:
-    """Remove datasets, and with `partials` what killed processes left; returns those that went, and those that are in use."""
+def evict_all(root: Path, which: Iterable[Kept]) -> tuple[list[Kept], list[Kept]]:
+    """Remove what takes room; returns what went, and what is in use."""
     gone: list[Kept] = []
     stay: list[Kept] = []
     for kept in which:
-        (gone if evict(Place(root, kept.kind, kept.key)) else stay).append(kept)
-    if partials:
-        forget_partials(root)
+        (gone if remove(root, kept) else stay).append(kept)
+    sweep(root)
     return gone, stay
 
 
 def size(root: Path) -> dict[str, int]:
     """Return what a cache takes, in numbers and bytes."""
-    kept = kept_in(root)
+    kept, left = kept_in(root), [each for each in begun_in(root) if each.state == "left"]
     return {
         "datasets": len(kept),
         "size_bytes": sum(each.size_bytes for each in kept),
-        "left": sum(len(store.leftovers(root, kind)) for kind in KINDS),
+        "damaged": sum(each.state == "damaged" for each in kept),
+        "left": len(left),
+        "left_bytes": sum(each.size_bytes for each in left),
         "free_bytes": free_bytes(root),
     }

@@ -13,9 +13,13 @@ State = Literal["present", "partial", "missing", "corrupt"]
 RESERVE_BYTES = 64 << 20
 
 
+# `left`: begun by a job that was killed; `growing`: begun by one that runs; `damaged`: its marker cannot be read.
+Condition = Literal["complete", "damaged", "left", "growing"]
+
+
 @dataclass(frozen=True)
 class Kept:
-    """A complete dataset in the cache.
+    """Something that takes room in the cache.
 
     Args:
         kind: See `Dataset`.
@@ -26,6 +30,7 @@ class Kept:
         used_s: When it was last used, in seconds since 1970.
         pins: Who uses it now.
         rate: Bytes a second with which it came; 0 where nobody knows.
+        state: What it is.
     """
 
     kind: str
@@ -36,6 +41,7 @@ class Kept:
     used_s: float
     pins: tuple[str, ...] = ()
     rate: float = 0.0
+    state: Condition = "complete"
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Facts:
         have: Segments that are there and prove right.
         have_bytes: Their bytes.
         free_bytes: Free on the disk.
-        kept: Complete datasets, without this one.
+        kept: What else takes room in the cache.
     """
 
     state: State
@@ -139,14 +145,14 @@ def plan_stage(
 
 
 def _make_room(facts: Facts, move: int, size_bytes: int, quota_bytes: int | None) -> tuple[tuple[Kept, ...], int]:
-    """Return what to evict, and what is lacking even so: the least recently used go first, pinned ones never."""
+    """Return what to evict, and what is lacking even so: first what is of no use, then the least recently used; pinned never."""
     if not move:
         return (), 0
     over = move + RESERVE_BYTES - facts.free_bytes
     if quota_bytes is not None:
         over = max(over, size_bytes + sum(kept.size_bytes for kept in facts.kept) - quota_bytes)
     evict = []
-    for kept in sorted((kept for kept in facts.kept if not kept.pins), key=lambda kept: kept.used_s):
+    for kept in sorted((kept for kept in facts.kept if not kept.pins), key=lambda kept: (kept.state == "complete", kept.used_s)):
         if over <= 0:
             break
         evict.append(kept)

@@ -207,13 +207,13 @@ def _prepare(dataset: Dataset, place: Place, settings: Settings) -> tuple[Looked
         store.open_root(place.root)
         cache.pin(place)
         try:
+            cache.sweep(place.root)
             looked = look(dataset, place, verify=settings.verify, take=True)
             plan = plan_dataset(dataset, place, looked, settings.quota_bytes)
             plan.require_room()
         except BaseException:
             store.give_up(place)
             raise
-        cache.sweep(place.root)
         cache.make_room(place.root, plan.evict)
         if looked.facts.state == "present":
             cache.touch(place)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from staging_samples import left_in, make_set, stage_set, tree_of
+from staging_samples import SEGMENT, left_in, make_set, stage_set, tree_of
 
 from hpcutils.cli.cache import cache as cache_commands
 from hpcutils.cli.stage import stage as stage_commands
-from hpcutils.errors import HpcutilsError
+from hpcutils.errors import DataError, HpcutilsError
 from hpcutils.staging import cache, store
 from hpcutils.staging.dataset import dataset_of_manifest
 from hpcutils.staging.look import place_of
@@ -204,13 +204,87 @@ def test_the_command_line(tmp_path):
     listed = hpcutils("cache", "list", "--cache", root)["datasets"]
     assert [(each["name"], len(each["pins"])) for each in listed] == [("old.jsonl", 0), ("new.jsonl", 1)]
     assert hpcutils("cache", "size", "--cache", root) | {"free_bytes": 0} == {
-        "datasets": 2, "size_bytes": 2000, "left": 0, "free_bytes": 0,
+        "datasets": 2, "size_bytes": 2000, "damaged": 0, "left": 0, "left_bytes": 0, "free_bytes": 0,
     }  # fmt: skip
     assert [each["wrong"] for each in hpcutils("cache", "verify", "--cache", root)["datasets"]] == [[], []]
     assert hpcutils("cache", "evict", "--all", "--cache", root) == {"removed": [old.key], "in_use": [new.key]}
     said = invoke("cache", "list", "--cache", root).output
     assert said.split()[:7] == [new.key[:12], "1000", "B", "1", "files", "used", "1970-01-01"]
     assert said.rstrip().endswith("new.jsonl  in use by 1")
+
+
+def left(folder: Path, name: str, root: Path, files: int = 3) -> Place:
+    """Leave the partial of a job that was killed: of `files` segments of 64 KiB."""
+    place = Place(root, "manifest", name * 64)
+    partial = root / "manifest" / f".{place.key}{store.PART}{dead_owner()}"
+    (partial / store.FILES).mkdir(parents=True)
+    store.write_finished(partial, SEGMENT, dict.fromkeys(range(files), "0" * 32))
+    (partial / store.FILES / "x").write_bytes(os.urandom(files * SEGMENT))
+    return place
+
+
+def test_what_a_killed_job_left_is_shown_and_counted(tmp_path):
+    root = tmp_path / "cache"
+    staged(tmp_path, "old", root, 1000)
+    place = left(tmp_path, "a", root)
+    begun = hpcutils("cache", "list", "--cache", root)["datasets"][-1]
+    assert (begun["key"], begun["state"], begun["size_bytes"]) == (place.key, "left", 3 * SEGMENT)
+    sizes = hpcutils("cache", "size", "--cache", root)
+    assert (sizes["datasets"], sizes["left"], sizes["left_bytes"]) == (1, 1, 3 * SEGMENT)
+    assert "left" in invoke("cache", "list", "--cache", root).output
+    assert hpcutils("cache", "evict", place.key[:9], "--cache", root) == {"removed": [place.key], "in_use": []}
+    assert left_in(root) == []
+
+
+def test_what_a_killed_job_left_goes_before_any_dataset(tmp_path):
+    root = tmp_path / "cache"
+    old = staged(tmp_path, "old", root, 1000)
+    left(tmp_path, "a", root)
+    source, manifest = make_set(tmp_path)
+    stage_set(manifest, source, root, quota_bytes=read_manifest(manifest).total.size_bytes + 1000)
+    assert left_in(root) == []
+    assert old.entry.exists()
+
+
+def test_what_a_running_job_is_at_counts_and_stays(tmp_path):
+    root = tmp_path / "cache"
+    place = left(tmp_path, "a", root)
+    (partial,) = store.hidden(root, "manifest")
+    partial.rename(partial.with_name(f".{place.key}{store.PART}{this_process()}"))
+    source, manifest = make_set(tmp_path)
+    size = read_manifest(manifest).total.size_bytes
+    with pytest.raises(DataError, match="no room"):
+        stage_set(manifest, source, root, quota_bytes=size + 1000)
+    assert hpcutils("cache", "evict", "--all", "--cache", root) == {"removed": [], "in_use": [place.key]}
+    stage_set(manifest, source, root, quota_bytes=size + 3 * SEGMENT)
+
+
+def test_a_dataset_whose_marker_is_empty_is_shown_and_can_go(tmp_path):
+    root = tmp_path / "cache"
+    place = staged(tmp_path, "old", root, 1000)
+    os.truncate(place.entry / MARKER, 0)
+    (shown,) = hpcutils("cache", "list", "--cache", root)["datasets"]
+    assert (shown["key"], shown["state"], shown["size_bytes"] > 0) == (place.key, "damaged", True)
+    assert hpcutils("cache", "size", "--cache", root)["damaged"] == 1
+    done = invoke("cache", "verify", "--cache", root)
+    assert isinstance(done.exception, HpcutilsError)
+    assert done.exception.exit_code == 6
+    assert hpcutils("cache", "evict", place.key, "--cache", root)["removed"] == [place.key]
+    assert not place.entry.exists()
+
+
+def test_a_dataset_that_goes_while_it_is_looked_at(tmp_path, monkeypatch):
+    place = staged(tmp_path, "old", tmp_path / "cache", 1000)
+    honest = store.read_head
+
+    def gone(entry: Path):
+        found = honest(entry)
+        cache.evict(place)
+        return found
+
+    monkeypatch.setattr(store, "read_head", gone)
+    assert [kept.name for kept in cache.kept_in(place.root)] == ["old.jsonl"]
+    assert cache.kept_in(place.root) == []
 
 
 @pytest.mark.parametrize(
