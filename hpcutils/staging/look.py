@@ -52,12 +52,12 @@ def look(dataset: Dataset, place: Place, *, verify: bool = False, take: bool = F
             return Looked(facts, None, finished)
         state, wrong = "corrupt", store.inode_of(place.entry)
         folder = place.entry if not take else None if cache.is_used_by_others(place) else store.put_aside(place)
-        if folder is not None and take:
-            store.prune(folder, (entry.path for entry in dataset.entries()))
     if folder is None:
         left = place.partials()
         state = "partial" if left else state
         folder = store.claim(place) if take else (left[0] if left else None)
+    if folder is not None and take:
+        store.prune(folder, (entry.path for entry in dataset.entries()))
     finished = {} if folder is None else _proved(dataset, folder, store.read_finished(folder, dataset.segment_bytes))
     if folder is not None and take:
         store.write_finished(folder, dataset.segment_bytes, finished)
@@ -74,7 +74,8 @@ def is_sound(place: Place, verify: bool) -> bool:
 
 
 def _others(place: Place) -> tuple[Kept, ...]:
-    return tuple(kept for kept in cache.kept_in(place.root) if (kept.kind, kept.key) != (place.kind, place.key))
+    there = cache.kept_in(place.root) + cache.begun_in(place.root)
+    return tuple(kept for kept in there if (kept.kind, kept.key) != (place.kind, place.key))
 
 
 def _proved(dataset: Dataset, folder: Path, finished: dict[int, str]) -> dict[int, str]:

@@ -17,13 +17,15 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TextIO, TypeGuard
 
 from hpcutils import fs
 from hpcutils.errors import DataError, SpecError
 from hpcutils.hashing import digest_file
 from hpcutils.staging.ahead import ahead
+from hpcutils.staging.names import Names
 
 FORMAT = "hpcutils-manifest-1"
 SEGMENT_BYTES = 64 << 20
@@ -96,6 +98,13 @@ class Manifest:
         """Return the sha256 of the manifest itself: what the dataset is known by."""
         return digest_file(self.path)
 
+    def _unchecked(self) -> Iterator[Entry]:
+        """Yield files that were checked before, up to a line that was not."""
+        with self.path.open(encoding="ascii", errors="surrogateescape") as stream:
+            next(stream)
+            for number, line in enumerate(stream, start=2):
+                yield _entry(self.path, number, _value(self.path, number, line))
+
     def entries(self) -> Iterator[Entry]:
         """Yield the files in order; each line is checked when its turn comes.
 
@@ -106,12 +115,15 @@ class Manifest:
             next(stream)
             files = position = 0
             left = False
+            names = Names(lambda: islice((entry.path for entry in self._unchecked()), files))
             for number, line in enumerate(stream, start=2):
                 value = _value(self.path, number, line)
                 if "files" in value:
                     _check_total(self, number, value, (files, position), left, next(stream, None))
                     return
                 entry = _entry(self.path, number, value)
+                if (wrong := names.trouble(entry.path)) is not None:
+                    raise _wrong(self.path, number, f"path: {entry.path!r} {wrong}")
                 due = (position + entry.size_bytes) // self.segment_bytes - position // self.segment_bytes
                 if len(entry.segments) != due:
                     raise _wrong(self.path, number, f"{due} segments end in {entry.path!r}, and {len(entry.segments)} are listed")
@@ -306,22 +318,27 @@ def write_manifest(files: Iterable[Found], target: Path, segment_bytes: int = SE
         DataError: A file cannot be read, or two have the same name.
     """
     cutter, count, size = Cutter(segment_bytes), 0, 0
-    seen: set[int] = set()
     with fs.publishing(target) as temporary, temporary.open("w", encoding="ascii") as stream:
         stream.write(json.dumps({"format": FORMAT, "segment_bytes": segment_bytes}) + "\n")
         own = _identities(temporary, target)
+        names = Names(lambda: _paths_in(temporary, stream))
         for file in files:
             if own & _identities(file.path):
                 continue
-            # 64 bits of a name: a million of them need 60 MB, and meet by chance once in ten million manifests.
-            seen.add(hash(file.name))
+            if (wrong := names.trouble(file.name)) is not None:
+                raise DataError(f"{file.name!r} {wrong}", "name it, or the folder that it is in, once")
             entry = _listed(file, cutter)
             stream.write(entry.line())
             count, size = count + 1, size + entry.size_bytes
-            if len(seen) != count:
-                raise DataError(f"{file.name!r} is listed twice", "name it, or the folder that it is in, once")
         stream.write(json.dumps({"files": count, "size": size, "tail": cutter.tail()}) + "\n")
     return read_manifest(target)
+
+
+def _paths_in(unfinished: Path, writer: TextIO) -> Iterator[str]:
+    writer.flush()
+    with unfinished.open(encoding="ascii") as stream:
+        next(stream)
+        yield from (json.loads(line)["path"] for line in stream)
 
 
 def _identities(*paths: Path) -> set[tuple[int, int]]:

@@ -134,6 +134,31 @@ def test_errors_name_the_line(tmp_path, line, old, new, said):
     assert str(tmp_path / "m") in caught.value.message
 
 
+@pytest.mark.parametrize(
+    "names, line, said",
+    [
+        (["a", "a"], 3, "'a' is listed twice"),
+        (["b", "a", "c", "b"], 5, "'b' is listed twice"),
+        (["b", "a", "a"], 4, "'a' is listed twice"),
+        (["a", "a/b"], 3, "'a/b' lies below a file"),
+        (["a/b", "a.b", "a", "a.b"], 5, "'a.b' is listed twice"),
+    ],
+)
+def test_a_path_that_comes_twice_is_found_where_it_does(tmp_path, names, line, said):
+    body = "".join(Entry(name, 0, "0" * 64).line() for name in names)
+    head = json.dumps({"format": "hpcutils-manifest-1", "segment_bytes": SEGMENT}) + "\n"
+    (tmp_path / "m").write_text(head + body + json.dumps({"files": len(names), "size": 0, "tail": "b" * 32}) + "\n")
+    with pytest.raises(SpecError, match=f"m:{line}: path: {said}"):
+        list(read_manifest(tmp_path / "m").entries())
+
+
+@pytest.mark.parametrize("names", [["x", "x"], ["y", "x", "y"], ["y", "x", "x"]])
+def test_a_path_that_is_given_twice_is_refused(tmp_path, names):
+    (tmp_path / "x").write_bytes(b"x")
+    with pytest.raises(DataError, match="is listed twice"):
+        write_manifest([Found(name, tmp_path / "x") for name in names], tmp_path / "m")
+
+
 @pytest.mark.parametrize("lost", [1, 2, 3, 4])
 def test_a_line_that_is_lost_is_missed(tmp_path, lost):
     (tmp_path / "m").write_text("".join(line for number, line in enumerate(lines()) if number != lost))

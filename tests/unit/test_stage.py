@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from servers import Site, answers, breaks_after, chunked, ignores_range, serving
+from staging_disk import begin_partial, published
 from staging_samples import SEGMENT, left_in, make_set, stage_set, tree_of
 
 from hpcutils.errors import DataError, IntegrityError, SpecError
@@ -209,14 +210,36 @@ def test_a_flipped_bit_of_one_file_is_found_by_verify(tmp_path):
     assert (outcome.files / "x").read_bytes() == body
 
 
-def test_a_file_that_is_listed_twice_is_not_published(tmp_path):
+STRAYS = {
+    "a file": lambda files: (files / "small" / "stray").write_bytes(b"x"),
+    "a folder with a file": lambda files: (files / "other").mkdir() or (files / "other" / "stray").write_bytes(b"x"),
+    "a link": lambda files: (files / "stray").symlink_to("large.h5"),
+    "a pipe": lambda files: os.mkfifo(files / "stray"),
+    "a pipe in place of a file": lambda files: (files / "large.h5").unlink() or os.mkfifo(files / "large.h5"),
+    "a folder in place of a file": lambda files: (files / "large.h5").unlink() or (files / "large.h5").mkdir(),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("stray", STRAYS)
+def test_a_partial_that_holds_something_else_is_completed(tmp_path, stray):
+    source, manifest = make_set(tmp_path)
+    begin_partial(source, manifest, tmp_path / "cache")
+    (files,) = (tmp_path / "cache").glob("manifest/.*/files")
+    STRAYS[stray](files)
+    assert tree_of(stage_set(manifest, source, tmp_path / "cache").files) == tree_of(source)
+    assert left_in(tmp_path / "cache") == []
+
+
+def test_a_file_that_is_listed_twice_is_refused_before_anything_is_published(tmp_path):
     source, manifest = make_set(tmp_path)
     text = manifest.read_text().splitlines(keepends=True)
     line = next(number for number, each in enumerate(text) if '"small/deep/empty"' in each)
     text[-1] = text[-1].replace('"files": 14', '"files": 15')
     manifest.write_text("".join([*text[:line], text[line], *text[line:]]))
-    with pytest.raises(IntegrityError, match="14 files came of 15"):
+    with pytest.raises(SpecError, match=rf"set\.jsonl:{line + 2}: path: 'small/deep/empty' is listed twice"):
         stage_set(manifest, source, tmp_path / "cache")
+    assert published(tmp_path / "cache") == []
 
 
 def test_no_room(tmp_path):
