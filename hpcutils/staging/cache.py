@@ -14,6 +14,7 @@ from pathlib import Path
 from hpcutils import fs
 from hpcutils.errors import SpecError
 from hpcutils.log import LOGGER
+from hpcutils.specs.site import load_site
 from hpcutils.staging import store
 from hpcutils.staging.owner import is_alive, is_mine, owner_in, this_process
 from hpcutils.staging.plan import Kept
@@ -31,11 +32,12 @@ def cache_root(named: str | None = None) -> Path:
     """Return the node-local cache.
 
     Args:
-        named: What a job or an option says; it wins over `$HPCUTILS_NODE_CACHE`, and that over a folder of the user's in
-            `$SLURM_TMPDIR`, `$TMPDIR` or `/tmp`. In a folder that is not the user's own, a disk for all, one of theirs is taken.
+        named: What a job or an option says; it wins over `$HPCUTILS_NODE_CACHE`, that over the site's `folders.node_local`, and
+            that over a folder of the user's in `$SLURM_TMPDIR`, `$TMPDIR` or `/tmp`. In a folder that is not the user's own, a disk
+            for all, one of theirs is taken.
     """
     own = Path(f"hpcutils-{getpass.getuser()}", "cache")
-    named = named or os.environ.get("HPCUTILS_NODE_CACHE")
+    named = named or os.environ.get("HPCUTILS_NODE_CACHE") or os.path.expandvars(load_site().folders.node_local or "")
     if not named:
         return Path(os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()) / own
     folder = Path(named).absolute()

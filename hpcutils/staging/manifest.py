@@ -100,7 +100,7 @@ class Manifest:
 
     def _unchecked(self) -> Iterator[Entry]:
         """Yield files that were checked before, up to a line that was not."""
-        with self.path.open(encoding="ascii", errors="surrogateescape") as stream:
+        with read_lines(self.path) as stream:
             next(stream)
             for number, line in enumerate(stream, start=2):
                 yield _entry(self.path, number, _value(self.path, number, line))
@@ -111,7 +111,7 @@ class Manifest:
         Raises:
             SpecError: A line is not as it must be; the message begins with `file:line:`.
         """
-        with self.path.open(encoding="ascii", errors="surrogateescape") as stream:
+        with read_lines(self.path) as stream:
             next(stream)
             files = position = 0
             left = False
@@ -131,6 +131,30 @@ class Manifest:
                 left = not entry.size_bytes or position % self.segment_bytes != 0
                 yield entry
         raise _wrong(self.path, files + 2, "the last line, with the totals, is missing: the file was cut off")
+
+
+@contextlib.contextmanager
+def read_lines(path: Path) -> Iterator[Iterator[str]]:
+    """Open a manifest, and yield its lines as they are.
+
+    Raises:
+        SpecError: It cannot be read.
+    """
+    try:
+        with path.open(encoding="ascii", errors="surrogateescape") as stream:
+            yield stream
+    except OSError as exc:
+        raise SpecError(f"cannot read the manifest {path}: {exc.strerror}") from exc
+
+
+def read_entry(path: Path, number: int, line: str) -> Entry | None:
+    """Return the file that a line lists; `None` for the line with the totals.
+
+    Raises:
+        SpecError: The line is not as it must be; the message begins with `file:line:`.
+    """
+    value = _value(path, number, line)
+    return None if "files" in value else _entry(path, number, value)
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -1,6 +1,7 @@
 """The cache: who uses what, what goes first, what the command line says."""
 
 import getpass
+import hashlib
 import json
 import os
 import subprocess
@@ -22,6 +23,8 @@ from hpcutils.staging.dataset import dataset_of_manifest
 from hpcutils.staging.look import place_of
 from hpcutils.staging.manifest import find_files, read_manifest, write_manifest
 from hpcutils.staging.owner import Owner, is_alive, owner_in, this_process
+from hpcutils.staging.stage import Item
+from hpcutils.staging.stage import stage as stage_file
 from hpcutils.staging.store import MARKER, Place
 
 
@@ -56,6 +59,7 @@ def dead_owner() -> Owner:
 
 def test_where_the_cache_is(tmp_path, monkeypatch):
     own = f"hpcutils-{getpass.getuser()}/cache"
+    monkeypatch.setenv("HPCUTILS_SITE_CONFIG", "")
     for name in ("HPCUTILS_NODE_CACHE", "SLURM_TMPDIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(tempfile, "tempdir", "/some/tmp")
@@ -65,6 +69,13 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
     monkeypatch.setenv("HPCUTILS_NODE_CACHE", str(tmp_path))
     assert cache.cache_root() == tmp_path
     assert cache.cache_root(str(tmp_path / "new")) == tmp_path / "new"
+    monkeypatch.delenv("HPCUTILS_NODE_CACHE")
+    (tmp_path / "site.toml").write_text(f'[folders]\nnode_local = "{tmp_path}/$SOMEBODY"\n')
+    monkeypatch.setenv("SOMEBODY", "me")
+    monkeypatch.setenv("HPCUTILS_SITE_CONFIG", str(tmp_path / "site.toml"))
+    assert cache.cache_root() == tmp_path / "me"
+    monkeypatch.setenv("HPCUTILS_NODE_CACHE", str(tmp_path))
+    assert cache.cache_root() == tmp_path
     # A disk for all belongs to somebody else.
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     assert cache.cache_root() == tmp_path / own
@@ -331,3 +342,23 @@ def test_the_plan_of_a_job(tmp_path):
     )
     plans = hpcutils("stage", "plan", tmp_path / "train.yaml", "--cache", tmp_path / "cache")["plans"]
     assert [(plan["name"], plan["move_bytes"]) for plan in plans] == [("m.jsonl", 1000), ("other.h5", 500)]
+
+
+def test_the_plan_of_a_job_is_made_with_its_settings(tmp_path):
+    (tmp_path / "train.h5").write_bytes(body := os.urandom(1000))
+    (tmp_path / "model.py").write_text("def build(): ...\n")
+    item = Item("train.h5", str(tmp_path / "train.h5"), hashlib.sha256(body).hexdigest())
+    path = stage_file(item, tmp_path / "own").path
+    facts = path.stat()
+    path.write_bytes(bytes(1000))
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    staging = f"{{cache: {tmp_path}/own, quota_gb: 0.0000005, verify: true}}"
+    (tmp_path / "train.yaml").write_text(
+        f"name: x\ndata: {{files: [{{path: train.h5, sha256: {item.sha256}}}], x: 'train.h5:a', y: 'train.h5:b'}}\n"
+        f"model: {{function: model.py:build}}\ntraining: {{epochs: 1, batch_size: 1, loss: mse}}\nstaging: {staging}\n"
+    )
+    (plan,) = hpcutils("stage", "plan", tmp_path / "train.yaml")["plans"]
+    assert plan["target"] == str(path.parents[1])
+    assert (plan["state"], plan["lacking_bytes"]) == ("corrupt", 500)
+    (plan,) = hpcutils("stage", "plan", tmp_path / "train.yaml", "--cache", tmp_path / "other", "--quota-gb", 1)["plans"]
+    assert (plan["state"], plan["lacking_bytes"]) == ("missing", 0)

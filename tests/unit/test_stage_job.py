@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from staging_samples import left_in
 
-from hpcutils.errors import ArchiveError, DataError, IntegrityError
-from hpcutils.specs.job import load_job
+from hpcutils.errors import ArchiveError, DataError, IntegrityError, SpecError
+from hpcutils.specs.job import DataFile, load_job
 from hpcutils.staging import cache, store
 from hpcutils.staging.leaders import Leaders
 from hpcutils.staging.manifest import find_files, write_manifest
+from hpcutils.staging.want import listed_in
 from hpcutils.train.main import _stage
 
 BODIES = {"sets/train.h5": os.urandom(5000), "sets/more/readme": b"read me\n", "labels.h5": os.urandom(300)}
@@ -53,6 +54,48 @@ def test_a_manifest_and_a_job_that_contradict_each_other(folder):
     files = f"[{{path: sets/train.h5, sha256: {'a' * 64}}}]"
     with pytest.raises(IntegrityError, match=r"train\.yaml and m\.jsonl name different sha256"):
         staged(folder, files, "train.h5", "{manifest: m.jsonl, source: sets}")
+
+
+TWINS = {"a/train.h5": b"a's", "b/train.h5": b"b's", "a/c/train.h5": b"c's"}
+
+
+def twins(folder: Path, *names: str) -> None:
+    """Make files of one name in several folders, and a manifest of those `names`."""
+    for name, body in TWINS.items():
+        (folder / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "set" / name).write_bytes(body)
+    places = [folder / "set" / name for name in names]
+    found = [file for file in find_files([folder / "set"]) if folder / "set" / file.name in places]
+    write_manifest(found, folder / "m.jsonl")
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_of_two_files_of_a_name_the_one_of_the_same_path_is_taken(folder, name):
+    twins(folder, *TWINS)
+    found, sizes = staged(folder, f"[{{path: set/{name}}}]", "train.h5", "{manifest: m.jsonl, source: set}")
+    assert (found, len(sizes)) == ({"train.h5": TWINS[name]}, 1)
+
+
+def test_a_file_of_the_same_name_in_another_folder_is_another_file(folder):
+    twins(folder, "b/train.h5")
+    found, sizes = staged(folder, "[{path: set/a/train.h5}]", "train.h5", "{manifest: m.jsonl, source: set}")
+    assert (found, len(sizes)) == ({"train.h5": TWINS["a/train.h5"]}, 2)
+
+
+def test_a_name_that_may_mean_two_files_is_refused(folder):
+    twins(folder, "a/train.h5", "b/train.h5")
+    (folder / "train.h5").write_bytes(b"which?")
+    with pytest.raises(SpecError, match=r"train\.h5: m\.jsonl lists 'a/train\.h5' and 'b/train\.h5'"):
+        staged(folder, "[{path: train.h5}]", "train.h5", "{manifest: m.jsonl, source: set}")
+
+
+@pytest.mark.parametrize("name", ["caf\u00e9.h5", os.fsdecode(b"caf\xe9.h5"), 'a"quote.h5', "plain.h5"])
+def test_files_are_found_in_a_manifest_whatever_they_are_called(tmp_path, name):
+    (tmp_path / "set" / "in").mkdir(parents=True)
+    (tmp_path / "set" / "in" / name).write_bytes(b"x")
+    made = write_manifest(find_files([tmp_path / "set"]), tmp_path / "m.jsonl")
+    files = (DataFile(path=f"in/{name}"),) if name.isprintable() else (DataFile.model_construct(path=f"in/{name}"),)
+    assert [path for path, _ in listed_in(made.path, files).values()] == [f"in/{name}"]
 
 
 def tar(folder: Path, link: bool = True) -> str:
