@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -44,11 +43,20 @@ def cache_root(named: str | None = None) -> Path:
     return folder if not folder.exists() or folder.stat().st_uid == os.geteuid() else folder / own
 
 
-def free_bytes(root: Path) -> int:
-    """Return what is free on the disk that holds, or will hold, `root`."""
+def disk_of(root: Path) -> tuple[int, int, int | None]:
+    """Return free bytes, bytes of a block and free inodes of the disk that holds, or will hold, `root`.
+
+    btrfs and some network file systems make inodes as they need them, and tell of none: `None`.
+    """
     while not root.exists():
         root = root.parent
-    return shutil.disk_usage(root).free
+    facts = os.statvfs(root)
+    return facts.f_bavail * facts.f_frsize, facts.f_frsize, facts.f_favail if facts.f_files else None
+
+
+def free_bytes(root: Path) -> int:
+    """Return what is free on the disk that holds, or will hold, `root`."""
+    return disk_of(root)[0]
 
 
 # Pins. A job pins a dataset before it looks for the dataset's marker; who evicts takes the marker away before looking at the pins

@@ -41,14 +41,13 @@ def look(dataset: Dataset, place: Place, *, verify: bool = False, take: bool = F
     A complete dataset that is not what it was is taken out of its name with `take`, and what is right of it is kept; but not under
     the hands of a running job: then another one is made beside it.
     """
-    root = place.root
     state: State = "missing"
     folder: Path | None = None
     wrong: int | None = None
     if place.entry.is_dir():
         if is_sound(place, verify) or (take and remark(place, dataset.name)):
             finished = store.read_finished(place.entry, dataset.segment_bytes)
-            facts = Facts("present", frozenset(finished), dataset.size_bytes, cache.free_bytes(root), _others(place))
+            facts = facts_of_node("present", frozenset(finished), dataset.size_bytes, place)
             return Looked(facts, None, finished)
         state, wrong = "corrupt", store.inode_of(place.entry)
         folder = place.entry if not take else None if cache.is_used_by_others(place) else store.put_aside(place)
@@ -64,13 +63,19 @@ def look(dataset: Dataset, place: Place, *, verify: bool = False, take: bool = F
     have_bytes = sum(segment.size_bytes for segment in dataset.segments() if segment.number in finished) if finished else 0
     if state == "partial" and not finished:
         state = "missing"
-    facts = Facts(state, frozenset(finished), have_bytes, cache.free_bytes(root), _others(place))
+    facts = facts_of_node(state, frozenset(finished), have_bytes, place)
     return Looked(facts, folder if take else None, finished, wrong)
 
 
 def is_sound(place: Place, verify: bool) -> bool:
     """Say whether a dataset that has its name is what it was; `verify` hashes it."""
     return not trouble(place) if verify else store.is_intact(place.entry)
+
+
+def facts_of_node(state: State, have: frozenset[int], have_bytes: int, place: Place) -> Facts:
+    """Return what a plan reckons with: what is there of a dataset, the disk, and what else is in the cache."""
+    free_bytes, block_bytes, free_files = cache.disk_of(place.root)
+    return Facts(state, have, have_bytes, free_bytes, _others(place), block_bytes, free_files)
 
 
 def _others(place: Place) -> tuple[Kept, ...]:
