@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hpcutils.specs.job import DataFile, load_job
 from hpcutils.staging import cache, store
 from hpcutils.staging.leaders import Leaders
 from hpcutils.staging.manifest import find_files, write_manifest
+from hpcutils.staging.plan import RESERVE_BYTES
 from hpcutils.staging.want import listed_in
 from hpcutils.train.main import _stage
 
@@ -143,6 +145,64 @@ def test_the_content_of_an_archive_is_not_taken_from_a_running_job(folder, monke
     assert len(discarded) == 1
     assert discarded[0].startswith(".")
     assert left_in(root) == []
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_an_archive_with_a_member_twice_holds_the_later_one(folder, kind):
+    name = f"set.{kind}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with tarfile.open(folder / name, "w") if kind == "tar" else zipfile.ZipFile(folder / name, "w") as archive:
+            for path in ("labels.h5", "sets/train.h5"):
+                (archive.add if kind == "tar" else archive.write)(folder / path, "in/x.h5")
+    files = f"[{{path: {name}, extract: in/x.h5}}]"
+    for _ in range(2):
+        assert staged(folder, files, "x.h5")[0] == {"x.h5": BODIES["sets/train.h5"]}
+    assert [cache.verify(folder.parent / "cache", kept).wrong for kept in cache.kept_in(folder.parent / "cache")] == [(), ()]
+
+
+def big_archive(folder: Path, kind: str) -> tuple[str, int]:
+    """Return the name and size of an archive of a member of 300,000 bytes that packs well."""
+    (folder / "big.h5").write_bytes(bytes(300_000))
+    name = {"tar": "set.tar", "gz": "set.tar.gz", "zip": "set.zip"}[kind]
+    if kind == "zip":
+        with zipfile.ZipFile(folder / name, "w", zipfile.ZIP_DEFLATED) as pack:
+            pack.write(folder / "big.h5", "in/x.h5")
+    else:
+        with tarfile.open(folder / name, "w:gz" if kind == "gz" else "w") as archive:
+            archive.add(folder / "big.h5", "in/x.h5")
+    return name, (folder / name).stat().st_size
+
+
+@pytest.mark.parametrize("kind", ["tar", "gz", "zip"])
+def test_what_an_archive_holds_must_have_room(folder, kind):
+    name, size = big_archive(folder, kind)
+    files, root = f"[{{path: {name}, extract: in/x.h5}}]", folder.parent / "cache"
+    with pytest.raises(DataError, match=rf"no room for {name}, unpacked"):
+        staged(folder, files, "x.h5", f"{{quota_gb: {(size + 299_000) / 1e9}}}")
+    assert [kept.kind for kept in cache.kept_in(root)] == ["stat"]
+    assert left_in(root) == []
+    assert staged(folder, files, "x.h5", f"{{quota_gb: {(size + 320_000) / 1e9}}}")[0] == {"x.h5": bytes(300_000)}
+
+
+@pytest.mark.parametrize("kind", ["tar", "gz", "zip"])
+def test_what_an_archive_holds_makes_room(folder, kind):
+    name, size = big_archive(folder, kind)
+    root = folder.parent / "cache"
+    (folder / "old.h5").write_bytes(b"o" * 100_000)
+    staged(folder, "[{path: old.h5}]", "old.h5")
+    for kept in cache.kept_in(root):
+        cache.unpin(store.Place(root, kept.kind, kept.key))
+    staged(folder, f"[{{path: {name}, extract: in/x.h5}}]", "x.h5", f"{{quota_gb: {(size + 350_000) / 1e9}}}")
+    assert sorted(kept.name for kept in cache.kept_in(root)) == [name, name]
+
+
+def test_an_archive_that_is_too_much_for_the_disk_stops_before_it_is_full(folder, monkeypatch):
+    name, _ = big_archive(folder, "gz")
+    monkeypatch.setattr(cache, "disk_of", lambda root: (RESERVE_BYTES + 100_000, 4096, None))
+    with pytest.raises(DataError, match="no room: the archive claims 300000 bytes"):
+        staged(folder, f"[{{path: {name}, extract: in/x.h5}}]", "x.h5")
+    assert left_in(folder.parent / "cache") == []
 
 
 def test_an_archive_that_a_manifest_lists(folder):
