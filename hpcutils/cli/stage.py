@@ -77,7 +77,10 @@ def _listed(manifest: Path) -> list[Dataset]:
     from hpcutils.staging.dataset import dataset_of_manifest
     from hpcutils.staging.manifest import read_manifest
 
-    return [dataset_of_manifest(read_manifest(manifest))]
+    dataset = dataset_of_manifest(read_manifest(manifest))
+    for _ in dataset.entries():
+        pass  # every line is checked when its turn comes
+    return [dataset]
 
 
 def _plan(dataset: Dataset, settings: Settings, rate: float) -> StagePlan:

@@ -134,7 +134,7 @@ def _said(exc: BaseException) -> str:
 
 
 def _create(path: str, flags: int) -> int:
-    flags |= os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags |= os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         return os.open(path, flags, 0o666)
     except FileNotFoundError:

@@ -25,10 +25,12 @@ from hpcutils import fs
 from hpcutils.errors import DataError, SpecError
 from hpcutils.hashing import digest_file
 from hpcutils.staging.ahead import ahead
+from hpcutils.staging.archive import DEEPEST_FOLDER
 from hpcutils.staging.names import Names
 
 FORMAT = "hpcutils-manifest-1"
 SEGMENT_BYTES = 64 << 20
+LARGEST_SEGMENT_BYTES = 1 << 30
 BLOCK_BYTES = 1 << 20
 # The last line is found from the end: it is never longer than this.
 LAST_LINE_BYTES = 4096
@@ -141,7 +143,7 @@ def read_lines(path: Path) -> Iterator[Iterator[str]]:
         SpecError: It cannot be read.
     """
     try:
-        with path.open(encoding="ascii", errors="surrogateescape") as stream:
+        with open(path, encoding="ascii", errors="surrogateescape", opener=fs.plain) as stream:
             yield stream
     except OSError as exc:
         raise SpecError(f"cannot read the manifest {path}: {exc.strerror}") from exc
@@ -164,7 +166,7 @@ def read_manifest(path: Path) -> Manifest:
         SpecError: It is no manifest, or was cut off.
     """
     try:
-        with path.open("rb") as stream:
+        with open(path, "rb", opener=fs.plain) as stream:
             first = stream.readline(LAST_LINE_BYTES)
             stream.seek(max(0, os.fstat(stream.fileno()).st_size - LAST_LINE_BYTES))
             last = stream.read().rstrip(b"\n").rpartition(b"\n")[2]
@@ -174,12 +176,16 @@ def read_manifest(path: Path) -> Manifest:
     size = head.get("segment_bytes")
     if head.get("format") != FORMAT or not _is_count(size) or size == 0:
         raise _wrong(path, 1, f"no {FORMAT}, or no segment_bytes", "make it with 'hpcutils stage manifest'")
+    if size > LARGEST_SEGMENT_BYTES:
+        raise _wrong(path, 1, f"segment_bytes: at most 1 GiB was expected, got {size}", "each node holds eight segments in memory")
     try:
         value = json.loads(last)
         return Manifest(path, size, _total(value))
-    except (ValueError, KeyError, TypeError) as exc:
-        raise SpecError(
-            f"{path}: the last line is not the one with the totals: the file was cut off", "make or copy it again"
+    except (ValueError, KeyError, TypeError, RecursionError) as exc:
+        with read_lines(path) as lines:
+            count = sum(1 for _ in lines)
+        raise _wrong(
+            path, count, "the last line is not the one with the totals: the file was cut off", "make or copy it again"
         ) from exc
 
 
@@ -206,7 +212,7 @@ def _check_total(
 def _value(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise _wrong(path, number, f"no JSON: {exc}") from exc
     if not isinstance(value, dict):
         raise _wrong(path, number, "a JSON object was expected")
@@ -220,6 +226,8 @@ def _entry(path: Path, number: int, value: dict[str, Any]) -> Entry:
     name, size, sha256, segments = value.get("path"), value.get("size"), value.get("sha256"), value.get("segments", [])
     if not isinstance(name, str) or not is_safe(name):
         raise _wrong(path, number, f"path: a relative path without '..' was expected, got {name!r}")
+    if name.count("/") > DEEPEST_FOLDER:
+        raise _wrong(path, number, f"path: no more than {DEEPEST_FOLDER} folders were expected, got {name.count('/')}")
     if not _is_count(size):
         raise _wrong(path, number, f"size: a number of bytes was expected, got {size!r}")
     if sha256 is not None and not _is_digest(sha256, 64):
@@ -231,6 +239,11 @@ def _entry(path: Path, number: int, value: dict[str, Any]) -> Entry:
 
 def is_safe(name: str) -> bool:
     """Say whether a path stays below the folder that it is put into, and is written in the only way it may be."""
+    if not name.isascii():
+        try:
+            os.fsencode(name)
+        except UnicodeEncodeError:
+            return False
     return bool(name) and "\0" not in name and not any(part in ("", ".", "..") for part in name.split("/"))
 
 
@@ -258,7 +271,12 @@ def common_folder(places: Sequence[Path]) -> Path:
     """Return the folder that the paths in a manifest of `places` start from: a single folder itself, else what all are in."""
     if len(places) == 1 and places[0].is_dir():
         return places[0].resolve()
-    return Path(os.path.commonpath([str(place.resolve().parent) for place in places]))
+    return Path(os.path.commonpath([str(_placed(place).parent) for place in places]))
+
+
+def _placed(place: Path) -> Path:
+    """Return where a place is without links on the way. A link to a file keeps its own name: it counts as the file."""
+    return place.resolve() if place.is_dir() else place.parent.resolve() / place.name
 
 
 def find_files(places: Sequence[Path]) -> Iterator[Found]:
@@ -271,7 +289,7 @@ def find_files(places: Sequence[Path]) -> Iterator[Found]:
     """
     folder = common_folder(places)
     for place in places:
-        inside = os.path.relpath(place.resolve(), folder)
+        inside = os.path.relpath(_placed(place), folder)
         if place.is_dir():
             yield from _walk(place, "" if inside == "." else f"{inside}/")
         elif place.is_file():
@@ -289,6 +307,8 @@ def _walk(folder: Path, inside: str) -> Iterator[Found]:
     for entry in entries:
         name = f"{inside}{entry.name}"
         if entry.is_dir(follow_symlinks=False):
+            if name.count("/") >= DEEPEST_FOLDER:
+                raise DataError(f"{entry.path} lies below more than {DEEPEST_FOLDER} folders", "pack it into an archive")
             yield from _walk(Path(entry.path), f"{name}/")
         elif entry.is_file():
             yield Found(name, Path(entry.path))
@@ -389,7 +409,7 @@ def _listed(file: Found, cutter: Cutter) -> Entry:
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb", buffering=0) as stream:
+    with open(path, "rb", buffering=0, opener=fs.plain) as stream:
         blocks = iter(lambda: stream.read(BLOCK_BYTES), b"")
         large = os.fstat(stream.fileno()).st_size >= AHEAD_FROM_BYTES
         yield from ahead(blocks, 4) if large else blocks

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from hpcutils import fs
 from hpcutils.errors import DataError, MissingPartError, SpecError
 from hpcutils.log import LOGGER
 from hpcutils.staging.download import Patience
@@ -62,7 +63,7 @@ class FolderOrigin:
 
     def __init__(self, locate: Callable[[str], Path], *, follow: bool = True) -> None:
         self._locate = locate
-        self._flags = os.O_RDONLY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+        self._flags = os.O_RDONLY | (0 if follow else os.O_NOFOLLOW)
         # Each thread keeps the last file that it read a part of.
         self._open: dict[int, tuple[str, int]] = {}
 
@@ -88,7 +89,7 @@ class FolderOrigin:
         path, descriptor = self._open.get(thread, (None, -1))
         if path != piece.path:
             self._drop(thread)
-            descriptor = os.open(self._locate(piece.path), self._flags)
+            descriptor = fs.plain(self._locate(piece.path), self._flags)
             self._open[thread] = (piece.path, descriptor)
             length = os.fstat(descriptor).st_size
             if length != piece.file_bytes:
@@ -118,7 +119,7 @@ class FolderOrigin:
     def _facts(self, path: str) -> os.stat_result:
         try:
             # Opened: NFS asks its server then, and may answer a bare stat from memory.
-            with self._locate(path).open("rb", buffering=0) as stream:
+            with open(self._locate(path), "rb", buffering=0, opener=fs.plain) as stream:
                 return os.fstat(stream.fileno())
         except OSError as exc:
             raise DataError(
@@ -361,7 +362,7 @@ def origin_of(base: str, *, bounded: bool = False, single: bool = False) -> Orig
     scheme = "" if base.startswith("/") else urllib.parse.urlsplit(base).scheme.lower()
 
     def url(path: str) -> str:
-        return base if single else f"{base.rstrip('/')}/{urllib.parse.quote(path)}"
+        return base if single else f"{base.rstrip('/')}/{urllib.parse.quote(os.fsencode(path))}"
 
     if scheme in WEB:
         return WebOrigin(url, bounded=bounded)

@@ -141,7 +141,7 @@ def open_root(root: Path) -> None:
 def read_head(entry: Path) -> Head | None:
     """Return what a complete dataset's marker says first; `None` where there is none that can be read."""
     try:
-        with (entry / MARKER).open(encoding="ascii") as stream:
+        with open(entry / MARKER, encoding="ascii", opener=fs.plain) as stream:
             return Head(**json.loads(stream.readline()))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
@@ -157,7 +157,7 @@ def is_intact(entry: Path) -> bool:
             break
         time.sleep(LOOK_AGAIN_S)
     try:
-        with (entry / MARKER).open(encoding="ascii") as stream:
+        with open(entry / MARKER, encoding="ascii", opener=fs.plain) as stream:
             stream.readline()
             for folders, line in enumerate(stream):
                 inside, facts = json.loads(line)
@@ -371,7 +371,7 @@ def hidden(root: Path, kind: str) -> list[Path]:
 
 def taken_bytes(folder: Path) -> int:
     """Return what a dataset without a readable marker takes: what its sidecar lists, or else what is there."""
-    with contextlib.suppress(OSError, ValueError), (folder / SEGMENTS).open("rb") as stream:
+    with contextlib.suppress(OSError, ValueError), open(folder / SEGMENTS, "rb", opener=fs.plain) as stream:
         segment_bytes = int(stream.readline())
         return segment_bytes * sum(1 for _ in stream)
     blocks = 0
@@ -392,7 +392,8 @@ def read_finished(folder: Path, segment_bytes: int) -> dict[int, str]:
     """Return the segments that a sidecar lists as proved, by number; a line that was cut off counts as none."""
     found: dict[int, str] = {}
     try:
-        lines = (folder / SEGMENTS).read_text(encoding="ascii", errors="replace").splitlines()
+        with open(folder / SEGMENTS, encoding="ascii", errors="replace", opener=fs.plain) as stream:
+            lines = stream.read().splitlines()
     except OSError:
         return found
     if not lines or lines[0] != str(segment_bytes):
