@@ -176,12 +176,13 @@ def sweep(root: Path) -> int:
                 fs.remove(left)
                 count += 1
         count += sum(evict(place) for place in _places(root, kind) if not (place.entry / MARKER).exists())
-    _sweep_pins(root / PINS)
+    sweep_pins(root)
     return count
 
 
-def _sweep_pins(folder: Path) -> None:
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+def sweep_pins(root: Path) -> None:
+    """Remove the pins of processes that are dead."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(root / PINS) as entries:
         for entry in entries:
             # kind.key.owner: only the owner may hold further dots.
             owner = owner_in(entry.name.split(".", 2)[-1])

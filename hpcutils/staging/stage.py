@@ -22,6 +22,7 @@ from hpcutils.staging.manifest import read_manifest
 from hpcutils.staging.move import Move, disk_errors
 from hpcutils.staging.origins import Origin, WebOrigin, origin_of
 from hpcutils.staging.plan import StagePlan, shown_bytes
+from hpcutils.staging.private import open_root
 from hpcutils.staging.proof import trouble
 from hpcutils.staging.ring import plan_rounds
 from hpcutils.staging.store import Head, Place
@@ -185,11 +186,17 @@ def _mend(
 
 
 def _already(dataset: Dataset, place: Place, started_s: float, leaders: Leaders) -> Outcome:
+    # Together: a leader that does not find it any more must not leave the others waiting.
+    head = leaders.together(lambda: _head(place))
+    LOGGER.info("%s: on %s already", head.name, "this node" if leaders.size == 1 else f"all {leaders.size} nodes")
+    return Outcome(place.files, head.digest, head.size_bytes, 0, 0, time.monotonic() - started_s, leaders.size, 0)
+
+
+def _head(place: Place) -> Head:
     head = store.read_head(place.entry)
     if head is None:
         raise DataError(f"{place.entry} was removed while the job started", "submit it again")
-    LOGGER.info("%s: on %s already", head.name, "this node" if leaders.size == 1 else f"all {leaders.size} nodes")
-    return Outcome(place.files, head.digest, head.size_bytes, 0, 0, time.monotonic() - started_s, leaders.size, 0)
+    return head
 
 
 def summary(name: str, outcome: Outcome) -> str:
@@ -204,7 +211,7 @@ def summary(name: str, outcome: Outcome) -> str:
 def _prepare(dataset: Dataset, place: Place, settings: Settings) -> tuple[Looked, StagePlan]:
     """Pin, look, plan, and make room: all that a node does before bytes move."""
     with disk_errors(place):
-        store.open_root(place.root)
+        open_root(place.root)
         cache.pin(place)
         try:
             cache.sweep(place.root)
@@ -271,7 +278,7 @@ def _download_first(item: Item, settings: Settings, leaders: Leaders) -> Outcome
     def get() -> int:
         if leaders.rank > 0:
             return 0
-        store.open_root(settings.root)
+        open_root(settings.root)
         return fetch(item.origin, folder / item.name, digest=item.sha256).bytes_moved
 
     try:
@@ -288,6 +295,7 @@ def _warm(place: Place, verify: bool) -> Head | None:
         return None
     with disk_errors(place):
         cache.pin(place)
+        cache.sweep_pins(place.root)
     if not store.is_intact(place.entry) or (verify and trouble(place)):
         return None
     cache.touch(place)

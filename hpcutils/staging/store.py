@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hpcutils import fs
-from hpcutils.errors import DataError, IntegrityError
+from hpcutils.errors import IntegrityError
 from hpcutils.log import LOGGER
 from hpcutils.staging.archive import flush
 from hpcutils.staging.owner import is_alive, is_mine, owner_in, this_process
@@ -118,24 +118,6 @@ def _finished_bytes(partial: Path) -> int:
     with contextlib.suppress(OSError):
         return (partial / SEGMENTS).stat().st_size
     return 0
-
-
-def open_root(root: Path) -> None:
-    """Make the cache's folder, private to the user.
-
-    Raises:
-        DataError: It cannot be made, or belongs to somebody else, who could change what is in it.
-    """
-    try:
-        for folder in (root.parent, root):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        facts = root.stat()
-    except OSError as exc:
-        raise DataError(
-            f"cannot make the cache {root}: {exc.strerror}", "set HPCUTILS_NODE_CACHE to a folder on a local disk"
-        ) from exc
-    if facts.st_uid != os.geteuid() or facts.st_mode & stat.S_IWOTH:
-        raise DataError(f"the cache {root} can be changed by others", "set HPCUTILS_NODE_CACHE to a folder of your own")
 
 
 def read_head(entry: Path) -> Head | None:

@@ -18,11 +18,12 @@ from staging_samples import SEGMENT, left_in, make_set, stage_set, tree_of
 from hpcutils.cli.cache import cache as cache_commands
 from hpcutils.cli.stage import stage as stage_commands
 from hpcutils.errors import DataError, HpcutilsError
-from hpcutils.staging import cache, store
+from hpcutils.staging import cache, private, store
 from hpcutils.staging.dataset import dataset_of_manifest
 from hpcutils.staging.look import place_of
 from hpcutils.staging.manifest import find_files, read_manifest, write_manifest
 from hpcutils.staging.owner import Owner, is_alive, owner_in, this_process
+from hpcutils.staging.private import open_root
 from hpcutils.staging.stage import Item
 from hpcutils.staging.stage import stage as stage_file
 from hpcutils.staging.store import MARKER, Place
@@ -163,6 +164,47 @@ def test_a_pin_that_comes_after_the_first_look_is_honoured(tmp_path, monkeypatch
     assert not cache.evict(place)
     assert len(looks) == 2
     assert store.is_intact(place.entry)
+
+
+@pytest.mark.parametrize(
+    "folder, mode, said",
+    [
+        ("cache", 0o770, "can be changed by others"),
+        ("cache", 0o702, "can be changed by others"),
+        (".", 0o770, "can be changed by others"),
+        (".", 0o702, "can be changed by others"),
+        (".", 0o1777, None),
+        (".", 0o755, None),
+    ],
+)
+def test_a_cache_that_others_could_swap_is_refused(tmp_path, folder, mode, said):
+    root = tmp_path / "disk" / "cache"
+    root.mkdir(parents=True, mode=0o700)
+    (tmp_path / "disk" / folder).chmod(mode)
+    if said is None:
+        open_root(root)
+        return
+    with pytest.raises(DataError, match=said):
+        open_root(root)
+
+
+@pytest.mark.parametrize("how", ["a folder of theirs", "a link of theirs"])
+def test_a_folder_that_somebody_else_made_in_the_users_name_is_refused(tmp_path, monkeypatch, how):
+    (tmp_path / "tmp").mkdir(mode=0o1777)
+    own = tmp_path / "tmp" / "hpcutils-alice"
+    if how == "a folder of theirs":
+        own.mkdir(mode=0o1777)
+        own.chmod(0o1777)
+    else:
+        (tmp_path / "real").mkdir(mode=0o700)
+        own.symlink_to(tmp_path / "real")
+    honest = os.lstat(own)
+    (own / "cache").mkdir(mode=0o700)
+    # Alice made the cache; what it is in belongs to the machine's user 12345.
+    theirs = os.stat_result((honest.st_mode, *honest[1:4], 12345, *honest[5:10]))
+    monkeypatch.setattr(private, "_of_parent", lambda parent: theirs)
+    with pytest.raises(DataError, match="can be changed by others"):
+        open_root(own / "cache")
 
 
 def test_staging_and_evicting_at_once_never_leaves_half(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from hpcutils.staging.dataset import dataset_of_manifest
 from hpcutils.staging.leaders import Leaders
 from hpcutils.staging.look import look, place_of
 from hpcutils.staging.manifest import read_manifest
+from hpcutils.staging.owner import owner_in
 from hpcutils.staging.stage import Item, Settings, stage, stage_item
 
 
@@ -88,6 +90,42 @@ def test_a_known_file_is_not_asked_for_again(tmp_path):
     stage(item, tmp_path / "cache")
     (tmp_path / "x").unlink()
     assert stage(item, tmp_path / "cache").path.read_bytes() == b"x"
+
+
+def test_pins_do_not_pile_up(tmp_path):
+    (tmp_path / "x").write_bytes(b"x")
+    item = Item("x", str(tmp_path / "x"), hashlib.sha256(b"x").hexdigest())
+    stage(item, tmp_path / "cache")
+    (pin,) = (tmp_path / "cache" / "pins").iterdir()
+    owner = owner_in(pin.name.split(".", 2)[2])
+    for number in range(5):
+        # Of jobs that ended: no process that runs started then.
+        pin.with_name(pin.name.replace(str(owner), str(replace(owner, start_ticks=number)))).touch()
+    assert stage(item, tmp_path / "cache").moved_bytes == 0
+    assert list((tmp_path / "cache" / "pins").iterdir()) == [pin]
+
+
+class Broken(Leaders):
+    """Leaders that are told to be two, and note what is done together."""
+
+    def __init__(self):
+        super().__init__()
+        self.errors = []
+
+    def raise_any(self, error):
+        self.errors.append(error)
+        super().raise_any(error)
+
+
+def test_a_dataset_that_goes_while_the_job_starts_is_an_error_of_all(tmp_path, monkeypatch):
+    source, manifest = make_set(tmp_path)
+    stage_set(manifest, source, tmp_path / "cache")
+    leaders = Broken()
+    monkeypatch.setattr(store, "read_head", lambda entry: None)
+    with pytest.raises(DataError, match="was removed while the job started"):
+        room.stage_manifest(manifest, str(source), Settings(tmp_path / "cache"), leaders)
+    # Each leader heard of it: nobody waits for the one that raised.
+    assert [type(error) for error in leaders.errors if error is not None] == [DataError]
 
 
 def test_the_wrong_sha256(tmp_path):
