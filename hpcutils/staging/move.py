@@ -95,6 +95,9 @@ class Move:
     def _go_round(self, follower: Follower | None, shows: Progress) -> None:
         here = self.place.files if self.partial is None else self.partial / FILES
         done_bytes = self.looked.facts.have_bytes
+        begun = self.leaders.gather(done_bytes)
+        shows.begin(min(begun))
+        self._show(shows, begun)
         # Together: who cannot begin must not leave the others waiting in the first round.
         opened = self.leaders.together(lambda: self._open(follower))
         with Loader(self.origin, here, self.looked.finished, self.leaders.node) as loader, opened as landing:
@@ -104,13 +107,20 @@ class Move:
                     if landing is not None and load.segment.number not in self.looked.finished:
                         landing.land(load)
                         done_bytes += load.segment.size_bytes
-                        shows.update(done_bytes, self.dataset.size_bytes)
                 if mine is not None:
                     mine.buffer.drop()
-                self.leaders.raise_any(error or self.ring.error or (landing.error if landing is not None else None))
+                error = error or self.ring.error or (landing.error if landing is not None else None)
+                self._show(shows, self.leaders.share(error, done_bytes))
             self.leaders.together(lambda: landing.wait() if landing is not None else None)
             self.origin_bytes = loader.origin_bytes
             self.rotten = self.partial is None and bool(loader.rotten)
+
+    def _show(self, shows: Progress, done: list[int]) -> None:
+        """Tell how far the last node is, and how many are done: one that had all is no measure."""
+        size_bytes = self.dataset.size_bytes
+        nodes = sum(each >= size_bytes for each in done)
+        # A segment that rotted was counted when it was there, and when it came again.
+        shows.update(min(*done, size_bytes), size_bytes, f"{nodes} of {len(done)} nodes")
 
     def _loads(self, slots: list[Segment | None], mine: Load | None) -> Iterator[Load]:
         if mine is not None:

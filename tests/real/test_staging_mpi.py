@@ -104,6 +104,20 @@ def test_nodes_that_have_it_give_it_to_those_that_lack_it(tmp_path):
     assert said[0]["origin_bytes"] == 0
 
 
+def test_the_log_tells_of_the_last_node(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "x").write_bytes(os.urandom(3 << 20))
+    manifest = write_manifest(find_files([tmp_path / "source"]), tmp_path / "m.jsonl", 1 << 20)
+    spec = {"manifest": str(manifest.path), "source": str(tmp_path / "source")}
+    ranks(2, tmp_path, **spec)
+    shutil.rmtree(tmp_path / "node1")
+    # Rank 0, which writes the log, has all of it.
+    said = run(2, tmp_path, **spec).stderr
+    assert "m.jsonl: 3.0 of 3.0 MiB (100%)" in said
+    assert "2 of 2 nodes" in said
+    assert " 0.0 MiB/s" not in said
+
+
 def test_a_node_whose_copy_rotted_gives_none_of_it(tmp_path):
     source, manifest = make_set(tmp_path)
     spec = {"manifest": str(manifest), "source": str(source)}
