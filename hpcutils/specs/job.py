@@ -21,6 +21,9 @@ from hpcutils.specs.source import Location, Problem, read_yaml
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 FUNCTION_PATTERN = r"^(?P<file>[^:]+\.py):(?P<function>[A-Za-z_]\w*)$"
+# What fsspec knows and stages read-only; each but ftp and memory needs a package of its own in the image (s3fs, gcsfs, …).
+FSSPEC_SCHEMES = {"abfs", "az", "ftp", "gcs", "gs", "hdfs", "memory", "oci", "oss", "s3", "sftp", "smb", "ssh", "webhdfs"}
+URL_SCHEMES = {"http", "https", "file"} | FSSPEC_SCHEMES
 TIME_PATTERN = re.compile(r"^(?:(?P<days>\d+)-)?(?:(?P<a>\d+):)?(?P<b>\d{1,2}):(?P<c>\d{2})$")
 
 
@@ -75,8 +78,8 @@ class DataFile(Model):
     @field_validator("url")
     @classmethod
     def _scheme(cls, value: str | None) -> str | None:
-        if value is not None and urlsplit(value).scheme not in ("http", "https", "file"):
-            raise ValueError(f"an http, https or file URL was expected, got {value!r}")
+        if value is not None and urlsplit(value).scheme not in URL_SCHEMES:
+            raise ValueError(f"an http, https or file URL was expected, or one of fsspec's (s3, gs, sftp, …), got {value!r}")
         return value
 
     @field_validator("path")

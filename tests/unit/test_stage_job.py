@@ -58,6 +58,14 @@ def test_a_manifest_and_a_job_that_contradict_each_other(folder):
         staged(folder, files, "train.h5", "{manifest: m.jsonl, source: sets}")
 
 
+def test_a_file_that_fsspec_opens(folder):
+    import fsspec
+
+    fsspec.filesystem("memory").pipe("/bucket/far.h5", b"far away")
+    files = f"[{{url: 'memory://bucket/far.h5', sha256: {hashlib.sha256(b'far away').hexdigest()}}}]"
+    assert staged(folder, files, "far.h5")[0] == {"far.h5": b"far away"}
+
+
 TWINS = {"a/train.h5": b"a's", "b/train.h5": b"b's", "a/c/train.h5": b"c's"}
 
 
