@@ -27,8 +27,9 @@ from pathlib import Path
 
 from benchmarks.bench_get_file import serving
 from benchmarks.harness import Ratio, compare, report, timed
+from hpcutils.staging.find import find_files
 from hpcutils.staging.leaders import Leaders
-from hpcutils.staging.manifest import find_files, write_manifest
+from hpcutils.staging.manifest import write_manifest
 from hpcutils.staging.stage import Item, Settings, stage_item, stage_manifest
 
 REPEATS = 5

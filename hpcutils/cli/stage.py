@@ -35,7 +35,8 @@ def manifest(places: tuple[Path, ...], output: Path | None, segment_mib: int, as
     A million files take no more memory than one. Paths start from the DIR, or from the folder that all FILEs are in.
     The manifest itself, and the older one that it replaces, are left out where they lie in the DIR.
     """
-    from hpcutils.staging.manifest import common_folder, find_files, write_manifest
+    from hpcutils.staging.find import common_folder, find_files
+    from hpcutils.staging.manifest import write_manifest
 
     source = common_folder(places)
     target = output or Path(f"{source.name if len(places) > 1 or places[0].is_dir() else places[0].name}.manifest.jsonl")

@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,6 +26,7 @@ from hpcutils.errors import DataError, SpecError
 from hpcutils.hashing import digest_file
 from hpcutils.staging.ahead import ahead
 from hpcutils.staging.archive import DEEPEST_FOLDER
+from hpcutils.staging.find import Found
 from hpcutils.staging.names import Names
 
 FORMAT = "hpcutils-manifest-1"
@@ -257,64 +258,6 @@ def _is_digest(value: Any, digits: int) -> bool:
 
 def _wrong(path: Path, number: int, what: str, hint: str | None = None) -> SpecError:
     return SpecError(f"{path}:{number}: {what}", hint)
-
-
-@dataclass(frozen=True)
-class Found:
-    """A file that is to be listed: its name in the manifest, and where it is."""
-
-    name: str
-    path: Path
-
-
-def common_folder(places: Sequence[Path]) -> Path:
-    """Return the folder that the paths in a manifest of `places` start from: a single folder itself, else what all are in."""
-    if len(places) == 1 and places[0].is_dir():
-        return places[0].resolve()
-    return Path(os.path.commonpath([str(_placed(place).parent) for place in places]))
-
-
-def _placed(place: Path) -> Path:
-    """Return where a place is without links on the way. A link to a file keeps its own name: it counts as the file."""
-    return place.resolve() if place.is_dir() else place.parent.resolve() / place.name
-
-
-def find_files(places: Sequence[Path]) -> Iterator[Found]:
-    """Yield what a manifest of `places` lists: files, and the files in folders, sorted, by their paths below `common_folder`.
-
-    Links to files count as the files. Empty folders are not kept.
-
-    Raises:
-        DataError: A place is missing, or is neither a file nor a folder; a link leads to a folder.
-    """
-    folder = common_folder(places)
-    for place in places:
-        inside = os.path.relpath(_placed(place), folder)
-        if place.is_dir():
-            yield from _walk(place, "" if inside == "." else f"{inside}/")
-        elif place.is_file():
-            yield Found(inside, place)
-        else:
-            raise DataError(f"no file and no folder: {place}")
-
-
-def _walk(folder: Path, inside: str) -> Iterator[Found]:
-    try:
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-    except OSError as exc:
-        raise DataError(f"cannot read {folder}: {exc.strerror}") from exc
-    for entry in entries:
-        name = f"{inside}{entry.name}"
-        if entry.is_dir(follow_symlinks=False):
-            if name.count("/") >= DEEPEST_FOLDER:
-                raise DataError(f"{entry.path} lies below more than {DEEPEST_FOLDER} folders", "pack it into an archive")
-            yield from _walk(Path(entry.path), f"{name}/")
-        elif entry.is_file():
-            yield Found(name, Path(entry.path))
-        else:
-            kind = "a link to a folder, or to nothing" if entry.is_symlink() else "neither a file nor a folder"
-            raise DataError(f"{entry.path} is {kind}", "leave it out, or name what it leads to as a further argument")
 
 
 class Cutter:

@@ -10,9 +10,10 @@ from hpcutils import fs
 from hpcutils.errors import DataError
 from hpcutils.staging import cache, members, store
 from hpcutils.staging.archive import unpack
+from hpcutils.staging.find import Found
 from hpcutils.staging.leaders import Leaders
 from hpcutils.staging.look import facts_of_node, is_sound
-from hpcutils.staging.manifest import Found, write_manifest
+from hpcutils.staging.manifest import write_manifest
 from hpcutils.staging.members import Limits
 from hpcutils.staging.move import disk_errors
 from hpcutils.staging.plan import RESERVE_BYTES, StagePlan, plan_stage

@@ -18,7 +18,8 @@ from servers import chunked, honest, ignores_range, serving
 from staging_samples import SEGMENT, left_in, make_set, tree_of
 
 from hpcutils.launch.local import LOCAL_ENVIRONMENT, find_mpirun
-from hpcutils.staging.manifest import find_files, read_manifest, write_manifest
+from hpcutils.staging.find import find_files
+from hpcutils.staging.manifest import read_manifest, write_manifest
 
 pytestmark = pytest.mark.mpi
 RANK = Path(__file__).with_name("staging_ranks.py")

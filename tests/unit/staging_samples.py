@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from hpcutils.staging.find import find_files
 from hpcutils.staging.leaders import Leaders
-from hpcutils.staging.manifest import find_files, write_manifest
+from hpcutils.staging.manifest import write_manifest
 from hpcutils.staging.stage import Outcome, Settings, stage_manifest
 
 SEGMENT = 1 << 16
@@ -38,5 +39,9 @@ def stage_set(manifest: Path, source: Path | str, root: Path, **settings: object
 
 
 def left_in(root: Path) -> list[str]:
-    """Return what is hidden in a cache: partials, trash, temporaries."""
-    return sorted(str(path.relative_to(root)) for path in root.rglob(".*"))
+    """Return what killed runs left in a cache: partials, trash, temporaries, and pins beside the last run's own."""
+    pins: dict[str, list[Path]] = {}
+    for pin in sorted(root.glob("pins/*"), key=lambda path: path.stat().st_mtime_ns):
+        pins.setdefault(pin.name.rsplit(".", 1)[0] if pin.name.count(".") == 2 else pin.name, []).append(pin)
+    old = [pin for those in pins.values() for pin in those[:-1]]
+    return sorted(str(path.relative_to(root)) for path in [*root.rglob(".*"), *old])

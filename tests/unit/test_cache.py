@@ -20,8 +20,9 @@ from hpcutils.cli.stage import stage as stage_commands
 from hpcutils.errors import DataError, HpcutilsError
 from hpcutils.staging import cache, private, store
 from hpcutils.staging.dataset import dataset_of_manifest
+from hpcutils.staging.find import find_files
 from hpcutils.staging.look import place_of
-from hpcutils.staging.manifest import find_files, read_manifest, write_manifest
+from hpcutils.staging.manifest import read_manifest, write_manifest
 from hpcutils.staging.owner import Owner, is_alive, owner_in, this_process
 from hpcutils.staging.private import open_root
 from hpcutils.staging.stage import Item

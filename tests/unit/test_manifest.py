@@ -11,7 +11,8 @@ import xxhash
 from staging_samples import SEGMENT, make_files
 
 from hpcutils.errors import DataError, SpecError
-from hpcutils.staging.manifest import Entry, Found, find_files, read_manifest, write_manifest
+from hpcutils.staging.find import Found, find_files
+from hpcutils.staging.manifest import Entry, read_manifest, write_manifest
 from hpcutils.staging.segments import cut
 
 

@@ -14,8 +14,9 @@ from staging_samples import left_in
 from hpcutils.errors import ArchiveError, DataError, IntegrityError, SpecError
 from hpcutils.specs.job import DataFile, load_job
 from hpcutils.staging import cache, store
+from hpcutils.staging.find import find_files
 from hpcutils.staging.leaders import Leaders
-from hpcutils.staging.manifest import find_files, write_manifest
+from hpcutils.staging.manifest import write_manifest
 from hpcutils.staging.plan import RESERVE_BYTES
 from hpcutils.staging.want import listed_in
 from hpcutils.train.main import _stage
