@@ -46,11 +46,15 @@ def look(dataset: Dataset, place: Place, *, verify: bool = False, take: bool = F
     wrong: int | None = None
     if place.entry.is_dir():
         if is_sound(place, verify) or (take and remark(place, dataset.name)):
+            if take:
+                store.drop_partials(place)
             finished = store.read_finished(place.entry, dataset.segment_bytes)
             facts = facts_of_node("present", frozenset(finished), dataset.size_bytes, place)
             return Looked(facts, None, finished)
         state, wrong = "corrupt", store.inode_of(place.entry)
         folder = place.entry if not take else None if cache.is_used_by_others(place) else store.put_aside(place)
+        if take and folder is not None:
+            store.drop_partials(place)
     if folder is None:
         left = place.partials()
         state = "partial" if left else state

@@ -298,6 +298,8 @@ def _warm(place: Place, verify: bool) -> Head | None:
         cache.sweep_pins(place.root)
     if not store.is_intact(place.entry) or (verify and trouble(place)):
         return None
+    with disk_errors(place):
+        store.drop_partials(place)
     cache.touch(place)
     return store.read_head(place.entry)
 

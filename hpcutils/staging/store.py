@@ -326,6 +326,12 @@ def discard(folder: Path, place: Place) -> bool:
     return True
 
 
+def drop_partials(place: Place) -> None:
+    """Remove what killed processes left of a dataset that is here now."""
+    for left in place.partials():
+        discard(left, place)
+
+
 def give_up(place: Place) -> None:
     """Give up what this process has of a dataset that it could not complete: the next job may claim it, also one in this process.
 

@@ -45,6 +45,7 @@ def unpack_archive(packed: Path, digest: str, member: str, settings: Settings, l
 def _member(packed: Path, place: Place, member: str, settings: Settings) -> Path:
     with disk_errors(place):
         cache.pin(place)
+        cache.sweep_pins(place.root)
         if not (place.entry.is_dir() and (is_sound(place, settings.verify) or remark(place, packed.name))):
             _unpack(packed, place, settings.quota_bytes)
         cache.touch(place)
@@ -58,8 +59,7 @@ def _member(packed: Path, place: Place, member: str, settings: Settings) -> Path
 def _unpack(packed: Path, place: Place, quota_bytes: int | None) -> None:
     """Unpack into a partial, list what came out, and give it its name."""
     started_s = time.monotonic()
-    for left in place.partials():
-        store.discard(left, place)
+    store.drop_partials(place)
     # What a running job uses keeps its name until this one takes it.
     wrong = store.inode_of(place.entry)
     if not cache.is_used_by_others(place):

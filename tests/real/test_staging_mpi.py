@@ -197,3 +197,27 @@ def test_a_node_that_is_lost_ends_the_job_and_the_next_one_goes_on(tmp_path, aft
     for marker in tmp_path.glob("node*/*/*/complete.jsonl"):
         assert marker.parent.name.startswith(".") or tree_of(marker.parent / "files") == tree_of(source)
     check(ranks(3, tmp_path, **spec), source, tmp_path)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("rank", [0, 2], ids=["the first node", "the last node"])
+def test_a_node_that_is_lost_at_the_publishing(tmp_path, rank, when):
+    source, manifest = make_set(tmp_path)
+    spec = {"manifest": str(manifest), "source": str(source)}
+    assert run(3, tmp_path, **spec, dies_at_publish=rank, when=when).returncode != 0
+    for marker in tmp_path.glob("node*/*/*/complete.jsonl"):
+        assert marker.parent.name.startswith(".") or tree_of(marker.parent / "files") == tree_of(source)
+    check(ranks(3, tmp_path, **spec), source, tmp_path)
+
+
+@pytest.mark.parametrize("step", ["the folder", "the sidecar", "opening", "the list", "the marker", "the name"])
+@pytest.mark.parametrize("rank", [0, 1], ids=["the first node", "the last node"])
+def test_a_full_disk_at_any_step_is_an_error_of_all(tmp_path, rank, step):
+    source, manifest = make_set(tmp_path)
+    spec = {"manifest": str(manifest), "source": str(source)}
+    said = ranks(2, tmp_path, **spec, full_at_step_on=rank, step=step)
+    assert {each["error"] for each in said} == {"DataError"}
+    assert all("No space left" in each["message"] for each in said)
+    for marker in tmp_path.glob("node*/*/*/complete.jsonl"):
+        assert marker.parent.name.startswith(".") or tree_of(marker.parent / "files") == tree_of(source)
+    check(ranks(2, tmp_path, **spec), source, tmp_path)

@@ -141,10 +141,18 @@ def begin_partial(source: Path, manifest: Path, root: Path) -> None:
 
 def begin_corrupt(source: Path, manifest: Path, root: Path) -> None:
     """Leave a complete dataset with a file that was written to."""
+    begin_pinned(source, manifest, root)
+    for pin in (root / "pins").iterdir():
+        pin.unlink()
+
+
+def begin_pinned(source: Path, manifest: Path, root: Path) -> None:
+    """Leave such a dataset with the pin of this process: for a child of it that of a job that runs."""
     (stage_set(manifest, source, root).files / "small" / "05.bin").write_bytes(b"changed")
 
 
 BEGINNINGS = {"nothing there": begin_nothing, "a partial": begin_partial, "a changed dataset": begin_corrupt}
+PINNED = {"a changed dataset that a job uses": begin_pinned}
 
 
 def published(root: Path) -> list[dict[str, bytes]]:
