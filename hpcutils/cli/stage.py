@@ -32,7 +32,8 @@ def stage() -> None:
 def manifest(places: tuple[Path, ...], output: Path | None, segment_mib: int, as_json: bool) -> None:
     """Read every file of a DIR, or of several FILEs, once, and write its size and digests; print the manifest's path.
 
-    A million files take no more memory than one. Paths start from the DIR, or from the folder that all FILEs are in.
+    Only the names of one folder at a time are held in memory (150 bytes a file). Paths start from the DIR, or from the folder
+    that all FILEs are in.
     The manifest itself, and the older one that it replaces, are left out where they lie in the DIR.
     """
     from hpcutils.staging.find import common_folder, find_files
