@@ -1,12 +1,16 @@
 """Staging beside what people do by hand: `cp` and `sha256sum`, pooch, Keras' get_file; on one node and on many.
 
-    python -m benchmarks.bench_staging [--size-mib 1024] [--files 20000] [--folder DIR] [--nodes 2,4,8,16] [--json]
+    python -m benchmarks.bench_staging [--size-mib 4096] [--files 100000] [--folder DIR] [--nodes 2,4,8,16] [--json]
 
-Ours flushes every file to the disk before the dataset gets its name; the peers leave it in memory, so they are run with `sync` too.
-With `--nodes` (and root) the same runs on a sandbox cluster, whose nodes share this machine's cores, memory and disk: what is
-told there is how often the source was read, and the time beside that of copying on each node. The nodes keep their copies in memory
-there, or the one disk under all of them would be all that is measured. How often the source is read is hpcutils' own count;
-tests/real/test_staging_mpi.py holds it to the kernel's.
+The defaults are what is claimed: one file of 4 GiB, 100,000 small files, 2 to 16 nodes; each ratio with its spread
+over `--repeats` runs. Ours flushes every file to the disk before the dataset gets its name; the peers leave it in memory, so they
+are run with `sync` too.
+
+With `--nodes` (and root) the same runs on a sandbox cluster. How often the source is read is the kernel's count of each node's
+processes (/proc/self/io, rchar), for ours and for `cp`, over the dataset's bytes. MPI between the nodes of one machine goes through
+sockets, whose reads count there too: what hpcutils received from neighbours is subtracted. The limit there is the machine: all
+nodes share its cores, memory and disk, so that N nodes write and hash N copies with the cores of one. `cores` in each row says how
+many; a time over one node's of N / cores is what the processors alone would take. The network is not the limit.
 """
 
 from __future__ import annotations
@@ -20,18 +24,18 @@ import itertools
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.bench_get_file import serving
-from benchmarks.harness import Ratio, compare, report, timed
+from benchmarks.harness import Ratio, compare, report
+from hpcutils.staging.find import find_files
 from hpcutils.staging.leaders import Leaders
-from hpcutils.staging.manifest import find_files, write_manifest
+from hpcutils.staging.manifest import write_manifest
 from hpcutils.staging.stage import Item, Settings, stage_item, stage_manifest
-
-REPEATS = 5
 
 
 def fresh(folder: Path, call: Callable[[Path], object]) -> Callable[[], object]:
@@ -63,7 +67,7 @@ def write_random(path: Path, size_bytes: int) -> None:
             stream.write(os.urandom(min(64 << 20, size_bytes - start)))
 
 
-def one_file(folder: Path, size_bytes: int) -> list[Ratio]:
+def one_file(folder: Path, size_bytes: int, repeats: int) -> list[Ratio]:
     """A large file from a folder, with a manifest and with a sha256 alone."""
     source = folder / "source"
     source.mkdir()
@@ -80,18 +84,18 @@ def one_file(folder: Path, size_bytes: int) -> list[Ratio]:
         f"stage, one file, {size}, manifest",
         fresh(folder / "runs", lambda place: stage_manifest(manifest, str(source), Settings(place / "cache"), Leaders())),
         peers,
-        REPEATS,
+        repeats,
     )
     rows += compare(
         f"stage, one file, {size}, sha256",
         fresh(folder / "runs", lambda place: stage_item(item, Settings(place / "cache"), Leaders())),
         peers,
-        REPEATS,
+        repeats,
     )
-    return rows + over_http(folder, source, sha256, size)
+    return rows + over_http(folder, source, sha256, size, repeats)
 
 
-def over_http(folder: Path, source: Path, sha256: str, size: str) -> list[Ratio]:
+def over_http(folder: Path, source: Path, sha256: str, size: str, repeats: int) -> list[Ratio]:
     """The same file from a server on this machine."""
     import keras
     import pooch
@@ -105,10 +109,10 @@ def over_http(folder: Path, source: Path, sha256: str, size: str) -> list[Ratio]
         }
         ours = fresh(folder / "runs", lambda place: stage_item(Item("x", f"{url}/x", sha256), Settings(place / "cache"), Leaders()))
         runs = {name: fresh(folder / "runs", call) for name, call in peers.items()}
-        return compare(f"stage, one file, {size}, http", ours, runs, REPEATS)
+        return compare(f"stage, one file, {size}, http", ours, runs, repeats)
 
 
-def small_files(folder: Path, count: int) -> list[Ratio]:
+def small_files(folder: Path, count: int, repeats: int) -> list[Ratio]:
     """Many small files, and the start that finds them all there."""
     source = folder / "small"
     for number in range(count):
@@ -124,12 +128,32 @@ def small_files(folder: Path, count: int) -> list[Ratio]:
     ours = fresh(folder / "runs", lambda place: stage_manifest(manifest, str(source), Settings(place / "cache"), Leaders()))
     rows = []
     for name, call in peers.items():
-        rows += compare(f"stage, {count} small files", ours, {name: fresh(folder / "runs", call)}, 2)
-    settings = Settings(folder / "warm")
-    stage_manifest(manifest, str(source), settings, Leaders())
-    seconds = min(timed(lambda: stage_manifest(manifest, str(source), settings, Leaders())) for _ in range(5))
-    print(f"stage, {count} small files, warm start: {seconds * 1e3:.0f} ms", flush=True)
-    return rows
+        rows += compare(f"stage, {count} small files", ours, {name: fresh(folder / "runs", call)}, repeats)
+    return rows + [warm_start(folder, source, manifest, count, repeats)]
+
+
+def warm_start(folder: Path, source: Path, manifest: Path, count: int, repeats: int) -> Ratio:
+    """The start of a job that finds everything there, as the job's own code does it: a data file is found in the manifest, too."""
+    from hpcutils.specs.job import load_job
+    from hpcutils.train.main import _stage
+
+    (folder / "model.py").write_text("def build(): ...\n")
+    (folder / "train.yaml").write_text(
+        "name: x\ndata: {files: [{path: small/0000/0000000.jpg}], x: 0000000.jpg:a, y: 0000000.jpg:b}\n"
+        "model: {function: model.py:build}\ntraining: {epochs: 1, batch_size: 1, loss: mse}\n"
+        f"staging: {{manifest: {manifest.name}, source: small, cache: {folder}/warm}}\n"
+    )
+    job = load_job(folder / "train.yaml")
+
+    def start() -> None:
+        with contextlib.redirect_stderr(io.StringIO()):
+            _stage(job, folder, Leaders())
+
+    def stat_all() -> None:
+        subprocess.run(["find", str(source), "-type", "f", "-printf", "%s %T@\\n"], check=True, stdout=subprocess.DEVNULL)
+
+    start()
+    return compare(f"stage, {count} small files, warm start", start, {"find -printf size, time": stat_all}, max(5, repeats))[0]
 
 
 RANK = """
@@ -141,27 +165,44 @@ from hpcutils.staging.stage import Settings, stage_manifest
 
 manifest, source, root, how = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3], f"bench-{os.getpid()}"), sys.argv[4]
 world = MPI.COMM_WORLD
-world.Barrier()
-start = time.perf_counter()
-if how == "ours":
-    outcome = stage_manifest(manifest, source, Settings(root), Leaders(world.Dup()))
-    read = outcome.origin_bytes // world.size
-else:
+own = world.Dup()
+
+def rchar():
+    # Of this process and of children that it waited for.
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+def copy():
     root.mkdir(parents=True)
-    subprocess.run(["bash", "-c", f"cp -r {source} {root}/x && find {root}/x -type f -print0 | xargs -0 sha256sum"], check=True,
-                   stdout=subprocess.DEVNULL)
-    read = sum(path.stat().st_size for path in Path(source).rglob("*") if path.is_file())
+    # cp alone is counted: what sha256sum reads is the copy.
+    subprocess.run(["cp", "-r", source, f"{root}/x"], check=True)
+    read = rchar()
+    subprocess.run(["bash", "-c", f"find {root}/x -type f -print0 | xargs -0 sha256sum"], check=True, stdout=subprocess.DEVNULL)
+    return read
+
+def stage():
+    outcome = stage_manifest(manifest, source, Settings(root), Leaders(own))
+    # Sockets count as files: what came from the neighbours is no reading of the source.
+    return rchar() - outcome.received_bytes // world.size, outcome
+
+world.Barrier()
+before, start = rchar(), time.perf_counter()
+if how == "ours":
+    after, outcome = stage()
+    said = outcome.origin_bytes
+else:
+    after, said = copy(), None
 world.Barrier()
 seconds = time.perf_counter() - start
 shutil.rmtree(root)
-total = world.reduce(read)
+reads = world.gather(after - before)
 if world.rank == 0:
-    print(json.dumps({"seconds": seconds, "read_bytes": total}))
+    print(json.dumps({"seconds": seconds, "kernel_bytes": reads, "own_bytes": said}))
 """
+HOW = ("ours", "cp -r; sha256sum")
 
 
-def many_nodes(nodes: list[int], size_bytes: int) -> Iterator[dict[str, object]]:
-    """The same dataset on the nodes of a sandbox: time, and how often the source was read."""
+def many_nodes(nodes: list[int], size_bytes: int, repeats: int) -> Iterator[dict[str, object]]:
+    """The same dataset on the nodes of a sandbox: time over that of one node's copy, and how often the source was read."""
     from benchmarks.cluster import on_login, sandbox
 
     with sandbox(nodes=max(nodes), gpus=1) as shared:
@@ -169,33 +210,55 @@ def many_nodes(nodes: list[int], size_bytes: int) -> Iterator[dict[str, object]]
         on_login("mkdir", str(source))
         on_login("bash", "-c", f"head -c {size_bytes} /dev/urandom > {source}/x")
         on_login("hpcutils", "stage", "manifest", str(source), "-o", f"{shared}/m.jsonl", "--segment-mib", "8")
+
+        def run(count: int, how: str) -> dict[str, object]:
+            words = ["python", "-c", RANK, f"{shared}/m.jsonl", str(source), "/tmp", how]
+            srun = ["srun", "--mpi=pmix", f"-N{count}", f"-n{count}", "--export=ALL,OMPI_MCA_mpi_yield_when_idle=1"]
+            return dict(json.loads(on_login(*srun, *words).splitlines()[-1]))
+
         for count in [1, *nodes]:
-            for how in ("ours", "cp -r; sha256sum"):
-                words = ["python", "-c", RANK, f"{shared}/m.jsonl", str(source), "/tmp", how]
-                srun = ["srun", "--mpi=pmix", f"-N{count}", f"-n{count}", "--export=ALL,OMPI_MCA_mpi_yield_when_idle=1"]
-                facts = json.loads(on_login(*srun, *words).splitlines()[-1])
-                row = {"nodes": count, "how": how, "seconds": round(facts["seconds"], 2), "size_bytes": size_bytes}
-                row["times_read"] = round(facts["read_bytes"] / size_bytes, 3)
-                print(f"stage, {count:>2} nodes, {size_bytes >> 20} MiB: {how:<18} {facts['seconds']:7.2f} s, "
-                      f"source read {row['times_read']:.2f} x", flush=True)  # fmt: skip
-                yield row
+            # Interleaved: each run beside one node's copy made just before.
+            runs = [(run(1, HOW[1]), *(run(count, how) for how in HOW)) for _ in range(repeats)]
+            for place, how in enumerate(HOW, start=1):
+                yield told(count, how, size_bytes, [(each[0], each[place]) for each in runs])
+
+
+def told(count: int, how: str, size_bytes: int, pairs: list[tuple[dict, dict]]) -> dict[str, object]:
+    """Return, and print, the row of one way on so many nodes: medians, least and most."""
+    ratios = [own["seconds"] / one["seconds"] for one, own in pairs]
+    read = [sum(own["kernel_bytes"]) / size_bytes for _, own in pairs]
+    row: dict[str, object] = {
+        "nodes": count, "how": how, "size_bytes": size_bytes, "cores": os.cpu_count(),
+        "seconds": statistics.median(own["seconds"] for _, own in pairs),
+        "over_one_copy": statistics.median(ratios), "over_min": min(ratios), "over_max": max(ratios),
+        "times_read": statistics.median(read), "own_count": pairs[-1][1]["own_bytes"],
+    }  # fmt: skip
+    print(
+        f"stage, {count:>2} nodes on {row['cores']} cores, {size_bytes >> 20} MiB: {how:<18} {row['seconds']:7.2f} s, "
+        f"x{row['over_one_copy']:.2f} [{min(ratios):.2f}, {max(ratios):.2f}] of one node's cp + sha256sum, "
+        f"source read {row['times_read']:.3f} x (kernel)",
+        flush=True,
+    )
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--size-mib", type=int, default=1024)
-    parser.add_argument("--files", type=int, default=20_000)
+    parser.add_argument("--size-mib", type=int, default=4096)
+    parser.add_argument("--files", type=int, default=100_000)
     parser.add_argument("--folder", type=Path, help="Where source and cache are [a temporary folder]")
-    parser.add_argument("--nodes", default="2,4" if os.geteuid() == 0 else "", help="Sandbox clusters; empty: none")
+    parser.add_argument("--nodes", default="2,4,8,16" if os.geteuid() == 0 else "", help="Sandbox clusters; empty: none")
     parser.add_argument("--nodes-mib", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     rows: list[Ratio] = []
-    for part in (functools.partial(one_file, size_bytes=given.size_mib << 20), functools.partial(small_files, count=given.files)):
+    parts = (functools.partial(one_file, size_bytes=given.size_mib << 20), functools.partial(small_files, count=given.files))
+    for part in (functools.partial(each, repeats=given.repeats) for each in parts):
         with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
             rows += part(Path(scratch))
     nodes = [int(word) for word in given.nodes.split(",") if word]
-    clusters = list(many_nodes(nodes, given.nodes_mib << 20)) if nodes else []
+    clusters = list(many_nodes(nodes, given.nodes_mib << 20, given.repeats)) if nodes else []
     report(rows)
     if given.json:
         print("\n".join(map(json.dumps, clusters)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +38,19 @@ def publish(temporary: Path, target: Path) -> None:
     fsync_path(temporary)
     temporary.replace(target)
     fsync_path(target.parent)
+
+
+def plain(path: str | os.PathLike[str], flags: int) -> int:
+    """Open a file that must be a plain one; `open(..., opener=plain)`. A pipe in its place would be waited for, without end.
+
+    Raises:
+        OSError: It is something else, or cannot be opened.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a plain file", os.fspath(path))
+    return descriptor
 
 
 @contextlib.contextmanager

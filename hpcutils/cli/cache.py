@@ -25,10 +25,11 @@ def cache() -> None:
 @CACHE
 @JSON
 def list_(root: str | None, as_json: bool) -> None:
-    """Print the complete datasets, least recently used first: the order in which they would be evicted."""
+    """Print the datasets, least recently used first, and what jobs began; what killed jobs left, or is damaged, goes first."""
     from hpcutils.staging import cache as room
 
-    kept = room.kept_in(room.cache_root(root))
+    folder = room.cache_root(root)
+    kept = room.kept_in(folder) + room.begun_in(folder)
     emit({"datasets": [asdict(each) for each in kept]}, as_json, "\n".join(map(_line, kept)) or "nothing")
 
 
@@ -38,8 +39,10 @@ def _line(kept: Kept) -> str:
     from hpcutils.staging.plan import shown_bytes
 
     used = time.strftime("%Y-%m-%d %H:%M", time.localtime(kept.used_s))
-    pins = f"  in use by {len(kept.pins)}" if kept.pins else ""
-    return f"{kept.key[:12]}  {shown_bytes(kept.size_bytes):>10}  {kept.files:>9,} files  used {used}  {kept.name}{pins}"
+    pins = f"  in use by {len(kept.pins)}" if kept.pins and kept.state != "growing" else ""
+    files = f"{kept.files:>9,} files" if kept.state == "complete" else f"{kept.state:>15}"
+    name = "" if kept.state != "complete" else f"  {kept.name}"
+    return f"{kept.key[:12]}  {shown_bytes(kept.size_bytes):>10}  {files}  used {used}{name}{pins}"
 
 
 @cache.command()
@@ -74,7 +77,7 @@ def evict(names: tuple[str, ...], everything: bool, root: str | None, as_json: b
     if bool(names) == everything:
         raise SpecError("say which datasets, or --all", "hpcutils cache list")
     folder = room.cache_root(root)
-    gone, stay = room.evict_all(folder, room.choose(folder, names), partials=everything)
+    gone, stay = room.evict_all(folder, room.choose(folder, names, begun=True))
     lines = [f"removed {kept.name}" for kept in gone] + [f"in use, kept: {kept.name}" for kept in stay]
     facts = {"removed": [kept.key for kept in gone], "in_use": [kept.key for kept in stay]}
     emit(facts, as_json, "\n".join(lines) or "nothing")
@@ -84,10 +87,11 @@ def evict(names: tuple[str, ...], everything: bool, root: str | None, as_json: b
 @CACHE
 @JSON
 def size(root: str | None, as_json: bool) -> None:
-    """Print what the complete datasets take, what killed jobs left, and what is free."""
+    """Print what the datasets take, what killed jobs left, and what is free."""
     from hpcutils.staging import cache as room
     from hpcutils.staging.plan import shown_bytes
 
     facts = room.size(room.cache_root(root))
-    text = f"{facts['datasets']} datasets, {shown_bytes(facts['size_bytes'])}; {facts['left']} left by killed jobs"
+    text = f"{facts['datasets']} datasets, {shown_bytes(facts['size_bytes'])}; {facts['damaged']} damaged"
+    text += f"; {facts['left']} left by killed jobs, {shown_bytes(facts['left_bytes'])}"
     emit(facts, as_json, f"{text}; {shown_bytes(facts['free_bytes'])} free")

@@ -13,6 +13,7 @@ from hpcutils.cli.options import JSON, emit
 if TYPE_CHECKING:
     from hpcutils.staging.dataset import Dataset
     from hpcutils.staging.plan import StagePlan
+    from hpcutils.staging.stage import Settings
 
 CACHE = click.option("--cache", "root", metavar="DIR", help="The cache [$HPCUTILS_NODE_CACHE, or in $SLURM_TMPDIR, $TMPDIR, /tmp].")
 PATH = click.Path(path_type=Path)
@@ -31,9 +32,12 @@ def stage() -> None:
 def manifest(places: tuple[Path, ...], output: Path | None, segment_mib: int, as_json: bool) -> None:
     """Read every file of a DIR, or of several FILEs, once, and write its size and digests; print the manifest's path.
 
-    A million files take no more memory than one. Paths start from the DIR, or from the folder that all FILEs are in.
+    Only the names of one folder at a time are held in memory (150 bytes a file). Paths start from the DIR, or from the folder
+    that all FILEs are in.
+    The manifest itself, and the older one that it replaces, are left out where they lie in the DIR.
     """
-    from hpcutils.staging.manifest import common_folder, find_files, write_manifest
+    from hpcutils.staging.find import common_folder, find_files
+    from hpcutils.staging.manifest import write_manifest
 
     source = common_folder(places)
     target = output or Path(f"{source.name if len(places) > 1 or places[0].is_dir() else places[0].name}.manifest.jsonl")
@@ -53,29 +57,39 @@ def plan(what: Path, root: str | None, quota_gb: float | None, verify: bool, rat
     """Say what a job on this node would move, what it would evict, and how long that takes; nothing is touched."""
     from hpcutils.staging.plan import describe
 
-    quota = None if quota_gb is None else int(quota_gb * 1e9)
-    plans = [_plan(dataset, root, quota, verify, (rate or 0.0) * (1 << 20)) for dataset in _datasets(what)]
-    emit({"plans": [_as_dict(each) for each in plans]}, as_json, "\n\n".join(describe(each, quota) for each in plans))
+    settings, datasets = _wanted(what, root, quota_gb, verify)
+    plans = [_plan(dataset, settings, (rate or 0.0) * (1 << 20)) for dataset in datasets]
+    text = "\n\n".join(describe(each, settings.quota_bytes) for each in plans)
+    emit({"plans": [_as_dict(each) for each in plans]}, as_json, text)
 
 
-def _datasets(what: Path) -> list[Dataset]:
+def _wanted(what: Path, root: str | None, quota_gb: float | None, verify: bool) -> tuple[Settings, list[Dataset]]:
+    """Return what is to be staged, and how: options win over what a job says."""
+    from hpcutils.specs.job import Staging, load_job
+    from hpcutils.staging.want import datasets_of, settings_from
+
+    job = load_job(what) if what.suffix in (".yaml", ".yml") else None
+    own = job.staging if job is not None else Staging()
+    given = {"cache": root or own.cache, "quota_gb": quota_gb or own.quota_gb, "verify": verify or own.verify}
+    settings = settings_from(own.model_copy(update=given))
+    return settings, datasets_of(job, what.resolve().parent) if job is not None else _listed(what)
+
+
+def _listed(manifest: Path) -> list[Dataset]:
     from hpcutils.staging.dataset import dataset_of_manifest
     from hpcutils.staging.manifest import read_manifest
 
-    if what.suffix not in (".yaml", ".yml"):
-        return [dataset_of_manifest(read_manifest(what))]
-    from hpcutils.specs.job import load_job
-    from hpcutils.staging.want import datasets_of
-
-    return datasets_of(load_job(what), what.resolve().parent)
+    dataset = dataset_of_manifest(read_manifest(manifest))
+    for _ in dataset.entries():
+        pass  # every line is checked when its turn comes
+    return [dataset]
 
 
-def _plan(dataset: Dataset, root: str | None, quota_bytes: int | None, verify: bool, rate: float) -> StagePlan:
-    from hpcutils.staging.cache import cache_root
+def _plan(dataset: Dataset, settings: Settings, rate: float) -> StagePlan:
     from hpcutils.staging.look import look, place_of, plan_dataset
 
-    place = place_of(dataset, cache_root(root))
-    return plan_dataset(dataset, place, look(dataset, place, verify=verify), quota_bytes, rate)
+    place = place_of(dataset, settings.root)
+    return plan_dataset(dataset, place, look(dataset, place, verify=settings.verify), settings.quota_bytes, rate)
 
 
 def _as_dict(plan: StagePlan) -> dict[str, Any]:

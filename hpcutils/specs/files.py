@@ -13,6 +13,10 @@ from pydantic import ValidationInfo, field_validator
 from hpcutils.hashing import DIGEST_LENGTHS
 from hpcutils.specs.fields import Contradiction, Model, check_file
 
+# What fsspec knows and stages read-only; each but ftp and memory needs a package of its own in the image (s3fs, gcsfs, …).
+FSSPEC_SCHEMES = {"abfs", "az", "ftp", "gcs", "gs", "hdfs", "memory", "oci", "oss", "s3", "sftp", "smb", "ssh", "webhdfs"}
+URL_SCHEMES = {"http", "https", "file"} | FSSPEC_SCHEMES
+
 
 class DataFile(Model):
     """One HDF5 file, by path or by URL."""
@@ -43,8 +47,8 @@ class DataFile(Model):
     @field_validator("url")
     @classmethod
     def _scheme(cls, value: str | None) -> str | None:
-        if value is not None and urlsplit(value).scheme not in ("http", "https", "file"):
-            raise ValueError(f"an http, https or file URL was expected, got {value!r}")
+        if value is not None and urlsplit(value).scheme not in URL_SCHEMES:
+            raise ValueError(f"an http, https or file URL was expected, or one of fsspec's (s3, gs, sftp, …), got {value!r}")
         return value
 
     @field_validator("path")

@@ -49,7 +49,7 @@ def unpack(archive: Path, folder: Path, formats: Sequence[str], limits: Limits, 
             tree.add(member)
     tree.make_links()
     flush(folder)
-    return tree.names
+    return list(tree.names)
 
 
 def parts_of(name: str) -> Parts:
@@ -108,11 +108,17 @@ class Tree:
 
     def __init__(self, root: Path, limits: Limits) -> None:
         self.root, self.limits = root, limits
-        self.names: list[str] = []
+        # A member that comes twice is one file: the later one.
+        self._names: dict[str, None] = {}
         self._folders: set[Parts] = {()}
         self._symlinks: dict[Parts, str] = {}
         self._buffer = memoryview(bytearray(COPY_BYTES))
         self._members = self._claimed_bytes = self._written_bytes = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The files and links that were made."""
+        return tuple(self._names)
 
     def add(self, member: Member) -> None:
         """Judge one member and write it.
@@ -133,7 +139,7 @@ class Tree:
             raise _refused(member.name, "has no usable name")
         else:
             {"file": self._file, "symlink": self._symlink, "hardlink": self._hardlink}[member.kind](parts, member)
-            self.names.append("/".join(parts))
+            self._names["/".join(parts)] = None
 
     def _refuse_way_through_link(self, parts: Parts) -> None:
         for end in range(1, len(parts) + 1) if self._symlinks else ():

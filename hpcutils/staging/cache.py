@@ -5,45 +5,58 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
-import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpcutils import fs
-from hpcutils.errors import DataError, SpecError
+from hpcutils.errors import SpecError
 from hpcutils.log import LOGGER
+from hpcutils.specs.site import load_site
 from hpcutils.staging import store
-from hpcutils.staging.load import digest_of
-from hpcutils.staging.manifest import read_manifest
-from hpcutils.staging.origins import FolderOrigin
 from hpcutils.staging.owner import is_alive, is_mine, owner_in, this_process
 from hpcutils.staging.plan import Kept
-from hpcutils.staging.segments import cut
-from hpcutils.staging.store import FILES, KINDS, LIST, MARKER, PINS, Place
+from hpcutils.staging.proof import trouble
+from hpcutils.staging.store import KINDS, MARKER, PINS, Place
+
+REASONS = {
+    "complete": "not used for longest",
+    "damaged": "its marker cannot be read",
+    "left": "left by a job that was killed",
+}
 
 
 def cache_root(named: str | None = None) -> Path:
     """Return the node-local cache.
 
     Args:
-        named: What a job or an option says; it wins over `$HPCUTILS_NODE_CACHE`, and that over a folder of the user's in
-            `$SLURM_TMPDIR`, `$TMPDIR` or `/tmp`. In a folder that is not the user's own, a disk for all, one of theirs is taken.
+        named: What a job or an option says; it wins over `$HPCUTILS_NODE_CACHE`, that over the site's `folders.node_local`, and
+            that over a folder of the user's in `$SLURM_TMPDIR`, `$TMPDIR` or `/tmp`. In a folder that is not the user's own, a disk
+            for all, one of theirs is taken.
     """
     own = Path(f"hpcutils-{getpass.getuser()}", "cache")
-    named = named or os.environ.get("HPCUTILS_NODE_CACHE")
+    named = named or os.environ.get("HPCUTILS_NODE_CACHE") or os.path.expandvars(load_site().folders.node_local or "")
     if not named:
         return Path(os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()) / own
     folder = Path(named).absolute()
     return folder if not folder.exists() or folder.stat().st_uid == os.geteuid() else folder / own
 
 
-def free_bytes(root: Path) -> int:
-    """Return what is free on the disk that holds, or will hold, `root`."""
+def disk_of(root: Path) -> tuple[int, int, int | None]:
+    """Return free bytes, bytes of a block and free inodes of the disk that holds, or will hold, `root`.
+
+    btrfs and some network file systems make inodes as they need them, and tell of none: `None`.
+    """
     while not root.exists():
         root = root.parent
-    return shutil.disk_usage(root).free
+    facts = os.statvfs(root)
+    return facts.f_bavail * facts.f_frsize, facts.f_frsize, facts.f_favail if facts.f_files else None
+
+
+def free_bytes(root: Path) -> int:
+    """Return what is free on the disk that holds, or will hold, `root`."""
+    return disk_of(root)[0]
 
 
 # Pins. A job pins a dataset before it looks for the dataset's marker; who evicts takes the marker away before looking at the pins
@@ -87,20 +100,47 @@ def pins_of(place: Place) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
+def is_used_by_others(place: Place) -> bool:
+    """Say whether another process than this one uses a dataset now."""
+    return any(not is_mine(owner) for owner in pins_of(place))
+
+
 def kept_in(root: Path) -> list[Kept]:
-    """Return the complete datasets of a cache, least recently used first."""
+    """Return the datasets of a cache that have a name, least recently used first."""
     kept = (_kept(place) for kind in KINDS for place in _places(root, kind))
     found = [each for each in kept if each is not None]
     return sorted(found, key=lambda kept: kept.used_s)
 
 
 def _kept(place: Place) -> Kept | None:
+    """Return a dataset; `None` when it has no marker: somebody removes it."""
+    try:
+        used_s = (place.entry / MARKER).lstat().st_mtime
+    except OSError:
+        return None
     head = store.read_head(place.entry)
     if head is None:
-        return None
-    used_s = (place.entry / MARKER).stat().st_mtime
+        return Kept(
+            place.kind, place.key, place.key[:12], 0, store.taken_bytes(place.entry), used_s, pins_of(place), 0.0, "damaged"
+        )
     rate = head.moved_bytes / head.seconds if head.seconds > 0 else 0.0
     return Kept(place.kind, place.key, head.name, head.files, head.size_bytes, used_s, pins_of(place), rate)
+
+
+def begun_in(root: Path) -> list[Kept]:
+    """Return what was begun and has no name: what killed jobs left, and what running ones (its pins) are at."""
+    return [each for kind in KINDS for path in store.hidden(root, kind) if (each := _begun(kind, path)) is not None]
+
+
+def _begun(kind: str, path: Path) -> Kept | None:
+    key, mark, name = path.name[1:].partition(store.TRASH if store.TRASH in path.name else store.PART)
+    owner = owner_in(name) if mark else None
+    with contextlib.suppress(OSError):
+        used_s = path.lstat().st_mtime
+        if owner is not None:
+            pins = (str(owner),) if is_alive(owner, used_s) else ()
+            return Kept(kind, key, path.name, 0, store.taken_bytes(path), used_s, pins, 0.0, "growing" if pins else "left")
+    return None
 
 
 def touch(place: Place) -> None:
@@ -136,12 +176,13 @@ def sweep(root: Path) -> int:
                 fs.remove(left)
                 count += 1
         count += sum(evict(place) for place in _places(root, kind) if not (place.entry / MARKER).exists())
-    _sweep_pins(root / PINS)
+    sweep_pins(root)
     return count
 
 
-def _sweep_pins(folder: Path) -> None:
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+def sweep_pins(root: Path) -> None:
+    """Remove the pins of processes that are dead."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(root / PINS) as entries:
         for entry in entries:
             # kind.key.owner: only the owner may hold further dots.
             owner = owner_in(entry.name.split(".", 2)[-1])
@@ -159,16 +200,17 @@ def _places(root: Path, kind: str) -> list[Place]:
 def make_room(root: Path, which: Iterable[Kept]) -> None:
     """Evict what a plan says; what was pinned since it was made stays."""
     for kept in which:
-        if evict(Place(root, kept.kind, kept.key)):
-            LOGGER.info("evicted %s (%d bytes), not used for longest", kept.name, kept.size_bytes)
+        if remove(root, kept):
+            LOGGER.info("evicted %s (%d bytes): %s", kept.name, kept.size_bytes, REASONS[kept.state])
 
 
-def forget_partials(root: Path) -> int:
-    """Remove all that killed processes left, partials too; returns how many."""
-    lefts = [left for kind in KINDS for left in store.leftovers(root, kind)]
-    for left in lefts:
-        fs.remove(left)
-    return len(lefts)
+def remove(root: Path, kept: Kept) -> bool:
+    """Remove what takes room, unless a job that runs uses it or is at it; says whether it went."""
+    place = Place(root, kept.kind, kept.key)
+    if kept.state in ("complete", "damaged"):
+        return evict(place)
+    # Who claims it at this moment has renamed it: it is not there then.
+    return kept.state == "left" and store.discard(root / kept.kind / kept.name, place)
 
 
 @dataclass(frozen=True)
@@ -189,48 +231,18 @@ def verify(root: Path, kept: Kept) -> Verified:
     return Verified(kept, tuple(trouble(Place(root, kept.kind, kept.key))))
 
 
-def trouble(place: Place) -> list[str]:
-    """Return what is wrong with a complete dataset: files that do not prove right, or what is kept about them."""
-    try:
-        manifest = read_manifest(place.entry / LIST)
-        first = next(manifest.entries(), None)
-        listed = place.kind in ("manifest", "unpacked")
-        digest = manifest.digest() if listed else (first.sha256 if first is not None else None) or "none"
-        head = store.read_head(place.entry)
-        known = place.kind in ("stat", "unpacked") or place.key.startswith(digest)
-        if head is None or (head.size_bytes, head.digest) != (manifest.total.size_bytes, digest) or not known:
-            return ["(its list of files, or its marker)"]
-        wrong = list(dict.fromkeys(_wrong_files(place.entry)))
-    except SpecError as exc:
-        return [exc.message]
-    return wrong or ([] if store.is_intact(place.entry) else ["(a file's time, or a file too many)"])
-
-
-def _wrong_files(folder: Path) -> Iterator[str]:
-    manifest = read_manifest(folder / LIST)
-    files = folder / FILES
-    origin = FolderOrigin(lambda path: files / path)
-    memory = memoryview(bytearray(min(manifest.segment_bytes, manifest.total.size_bytes)))
-    for segment in cut(manifest.entries(), manifest.segment_bytes, manifest.total.tail):
-        data, lost = memory[: segment.size_bytes], False
-        for piece in segment.pieces:
-            try:
-                origin.read(piece, data[piece.at : piece.at + piece.size_bytes])
-            except DataError:
-                lost = True
-                yield piece.path
-        if not lost and digest_of(data) != segment.digest:
-            yield from (piece.path for piece in segment.pieces)
-    origin.close()
-
-
-def choose(root: Path, names: Iterable[str]) -> list[Kept]:
+def choose(root: Path, names: Iterable[str], *, begun: bool = False) -> list[Kept]:
     """Return the datasets that are called so: by name, key or the beginning of one; all without names.
+
+    Args:
+        root: The cache.
+        names: What is asked for.
+        begun: Return what has no name yet too.
 
     Raises:
         SpecError: There is none of a name.
     """
-    kept, names = kept_in(root), list(names)
+    kept, names = kept_in(root) + (begun_in(root) if begun else []), list(names)
     for name in names:
         if not any(_is_called(each, name) for each in kept):
             raise SpecError(f"no dataset {name!r} in {root}", f"there are: {', '.join(each.name for each in kept) or 'none'}")
@@ -241,23 +253,24 @@ def _is_called(kept: Kept, name: str) -> bool:
     return bool(name) and (kept.name == name or kept.key.startswith(name))
 
 
-def evict_all(root: Path, which: Iterable[Kept], *, partials: bool = False) -> tuple[list[Kept], list[Kept]]:
-    """Remove datasets, and with `partials` what killed processes left; returns those that went, and those that are in use."""
+def evict_all(root: Path, which: Iterable[Kept]) -> tuple[list[Kept], list[Kept]]:
+    """Remove what takes room; returns what went, and what is in use."""
     gone: list[Kept] = []
     stay: list[Kept] = []
     for kept in which:
-        (gone if evict(Place(root, kept.kind, kept.key)) else stay).append(kept)
-    if partials:
-        forget_partials(root)
+        (gone if remove(root, kept) else stay).append(kept)
+    sweep(root)
     return gone, stay
 
 
 def size(root: Path) -> dict[str, int]:
     """Return what a cache takes, in numbers and bytes."""
-    kept = kept_in(root)
+    kept, left = kept_in(root), [each for each in begun_in(root) if each.state == "left"]
     return {
         "datasets": len(kept),
         "size_bytes": sum(each.size_bytes for each in kept),
-        "left": sum(len(store.leftovers(root, kind)) for kind in KINDS),
+        "damaged": sum(each.state == "damaged" for each in kept),
+        "left": len(left),
+        "left_bytes": sum(each.size_bytes for each in left),
         "free_bytes": free_bytes(root),
     }

@@ -90,7 +90,11 @@ def dataset_of_file(name: str, size_bytes: int, sha256: str | None, identity: st
     """
     # The same bytes under two names are two datasets: whoever opens one looks for its name.
     mark = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8]
-    kind, key = ("sha256", f"{sha256}-{mark}") if sha256 is not None else ("stat", hashlib.sha256(identity.encode()).hexdigest())
+    kind, key = (
+        ("sha256", f"{sha256}-{mark}")
+        if sha256 is not None
+        else ("stat", hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest())
+    )
     # A few segments a node at least: reading, moving, writing and hashing go on at the same time, each on another one.
     share = -(-size_bytes // (16 * nodes))
     segment = min(SEGMENT_BYTES, max(SMALLEST_SEGMENT_BYTES, -(-share // (1 << 20)) << 20))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import threading
@@ -42,32 +43,38 @@ class Landing:
         self._open: set[int] = set()
         self.error: DataError | None = None
         self.landed_bytes = 0
-        self._sidecar = (partial / SEGMENTS).open("a", encoding="ascii", buffering=1)
+        # Not buffered: what a full disk refused would be tried again when the file is closed.
+        self._sidecar = os.open(partial / SEGMENTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._open.add(self._sidecar)
 
     def __enter__(self) -> Landing:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self._threads.shutdown()
-        for descriptor in self._open:
-            os.close(descriptor)
-        self._open.clear()
-        self._sidecar.close()
+        while self._open:
+            with contextlib.suppress(OSError):
+                os.close(self._open.pop())
 
     def land(self, load: Load) -> None:
         """Write a segment that was proved; returns at once."""
         load.buffer.hold()
-        self._pending = [future for future in self._pending if not future.done()]
+        self._pending = [future for future in self._pending if not future.done() or future.exception() is not None]
         self._pending.append(self._threads.submit(self._write, load))
 
     def wait(self) -> None:
-        """Wait until everything is written.
+        """Wait until everything is written, and close what is open: some disks refuse only then. Nothing lands after it.
 
         Raises:
-            DataError: Something could not be.
+            DataError: Something could not be written.
         """
         for future in self._pending:
             future.result()
+        try:
+            while self.error is None and self._open:
+                os.close(self._open.pop())
+        except OSError as exc:
+            self.error = self._refused("the last segments", exc)
         if self.error is not None:
             raise self.error
 
@@ -77,18 +84,23 @@ class Landing:
                 for piece in load.segment.pieces:
                     self._put(piece, load.data[piece.at : piece.at + piece.size_bytes])
                 self._note(load)
-        except OSError as exc:
-            self.error = DataError(
-                f"cannot write segment {load.segment.number} to {self._files.parent}: {exc.strerror or exc}",
-                "check the space and the rights there, or set HPCUTILS_NODE_CACHE to another local disk",
-            )
+        except BaseException as exc:  # noqa: BLE001 - in a thread: a write that is lost in silence would be published
+            self.error = self._refused(f"segment {load.segment.number}", exc)
         finally:
             load.buffer.drop()
+
+    def _refused(self, what: str, exc: BaseException) -> DataError:
+        return DataError(
+            f"cannot write {what} to {self._files.parent}: {_said(exc)}",
+            "check the space and the rights there, or set HPCUTILS_NODE_CACHE to another local disk",
+        )
 
     def _note(self, load: Load) -> None:
         with self._lock:
             self.landed_bytes += load.segment.size_bytes
-            self._sidecar.write(f"{load.segment.number} {load.digest}\n")
+            line = f"{load.segment.number} {load.digest}\n".encode()
+            if os.write(self._sidecar, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self._follower is not None:
             self._follower.arrived(load.segment.number)
 
@@ -117,8 +129,12 @@ class Landing:
         return int(descriptor)
 
 
+def _said(exc: BaseException) -> str:
+    return getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
+
+
 def _create(path: str, flags: int) -> int:
-    flags |= os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags |= os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         return os.open(path, flags, 0o666)
     except FileNotFoundError:
@@ -152,7 +168,7 @@ class Follower:
         self._there, self._stopped = set(there), False
         self._news = threading.Condition()
         self._sha256 = hashlib.sha256()
-        self._error: OSError | None = None
+        self._error: DataError | None = None
         self._thread = threading.Thread(target=self._work, name="sha256", daemon=True)
         self._thread.start()
 
@@ -173,7 +189,7 @@ class Follower:
         """Return the digest, once every segment has arrived.
 
         Raises:
-            OSError: The file cannot be read.
+            DataError: The file cannot be read.
         """
         self._thread.join()
         if self._error is not None:
@@ -181,9 +197,9 @@ class Follower:
         return self._sha256.hexdigest()
 
     def _work(self) -> None:
-        block = memoryview(bytearray(HASH_BLOCK_BYTES))
         number = position = 0
         try:
+            block = memoryview(bytearray(HASH_BLOCK_BYTES))
             while position < self._size_bytes and self._is_there(number):
                 with self._path.open("rb", buffering=0) as stream:
                     stream.seek(position)
@@ -195,8 +211,8 @@ class Follower:
                         self._sha256.update(block[:count])
                         position += count
                 number += 1
-        except OSError as exc:
-            self._error = exc
+        except BaseException as exc:  # noqa: BLE001 - in a thread: the digest of a part would be taken for that of the file
+            self._error = DataError(f"cannot hash {self._path}: {_said(exc)}", "check the node's disk and memory")
 
     def _is_there(self, number: int) -> bool:
         with self._news:

@@ -47,9 +47,15 @@ class Leaders:
 
     def raise_any(self, error: HpcutilsError | None) -> None:
         """Raise the error of the first leader that has one, on all of them."""
-        for known in self.gather(error):
+        self.share(error, None)
+
+    def share(self, error: HpcutilsError | None, value: Result) -> list[Result]:
+        """Return every leader's `value`, on every leader; or raise the error of the first one that has one."""
+        told = self.gather((error, value))
+        for known, _ in told:
             if known is not None:
                 raise known
+        return [given for _, given in told]
 
 
 def wait(*requests: Any) -> Iterator[None]:

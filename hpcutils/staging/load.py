@@ -97,13 +97,15 @@ class Loader:
 
     Attributes:
         origin_bytes: Bytes that were read from the origin.
+        rotten: Segments of `here` that proved right once and do not any more.
     """
 
     def __init__(self, origin: Origin, here: Path | None, finished: dict[int, str], node: str) -> None:
         self._origin, self._finished, self._node = origin, finished, node
-        self._here = None if here is None else FolderOrigin(lambda path: here / path)
+        self._here = None if here is None else FolderOrigin(lambda path: here / path, follow=False)
         self._threads = ThreadPoolExecutor(origin.threads, thread_name_prefix="load")
         self.origin_bytes = 0
+        self.rotten: set[int] = set()
         self._lock = threading.Lock()
 
     def __enter__(self) -> Loader:
@@ -135,7 +137,8 @@ class Loader:
             _fill(self._here, segment, data)
             if digest_of(data) == expected:
                 return expected
-        # Rotten since it was proved: it comes from the origin, and is written once more.
+        # It comes from the origin, and is written once more where a partial is filled.
+        self.rotten.add(segment.number)
         del self._finished[segment.number]
         return None
 
@@ -168,7 +171,7 @@ def _fill(origin: Origin, segment: Segment, data: memoryview) -> None:
 def prove(files: Path, segments: Iterable[Segment], finished: dict[int, str]) -> dict[int, str]:
     """Return those of `finished` whose bytes are in `files` and hash to what they must, with their digests."""
     memory = memoryview(b"")
-    here, right = FolderOrigin(lambda path: files / path), {}
+    here, right = FolderOrigin(lambda path: files / path, follow=False), {}
     for segment in segments:
         expected = segment.digest or finished[segment.number]
         if len(memory) < segment.size_bytes:

@@ -11,21 +11,27 @@ packed. A line has the digests (xxh3_128) of the segments that end in its file; 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TextIO, TypeGuard
 
 from hpcutils import fs
 from hpcutils.errors import DataError, SpecError
 from hpcutils.hashing import digest_file
 from hpcutils.staging.ahead import ahead
+from hpcutils.staging.archive import DEEPEST_FOLDER
+from hpcutils.staging.find import Found
+from hpcutils.staging.names import Names
 
 FORMAT = "hpcutils-manifest-1"
 SEGMENT_BYTES = 64 << 20
+LARGEST_SEGMENT_BYTES = 1 << 30
 BLOCK_BYTES = 1 << 20
 # The last line is found from the end: it is never longer than this.
 LAST_LINE_BYTES = 4096
@@ -95,22 +101,32 @@ class Manifest:
         """Return the sha256 of the manifest itself: what the dataset is known by."""
         return digest_file(self.path)
 
+    def _unchecked(self) -> Iterator[Entry]:
+        """Yield files that were checked before, up to a line that was not."""
+        with read_lines(self.path) as stream:
+            next(stream)
+            for number, line in enumerate(stream, start=2):
+                yield _entry(self.path, number, _value(self.path, number, line))
+
     def entries(self) -> Iterator[Entry]:
         """Yield the files in order; each line is checked when its turn comes.
 
         Raises:
             SpecError: A line is not as it must be; the message begins with `file:line:`.
         """
-        with self.path.open(encoding="ascii", errors="surrogateescape") as stream:
+        with read_lines(self.path) as stream:
             next(stream)
             files = position = 0
             left = False
+            names = Names(lambda: islice((entry.path for entry in self._unchecked()), files))
             for number, line in enumerate(stream, start=2):
                 value = _value(self.path, number, line)
                 if "files" in value:
                     _check_total(self, number, value, (files, position), left, next(stream, None))
                     return
                 entry = _entry(self.path, number, value)
+                if (wrong := names.trouble(entry.path)) is not None:
+                    raise _wrong(self.path, number, f"path: {entry.path!r} {wrong}")
                 due = (position + entry.size_bytes) // self.segment_bytes - position // self.segment_bytes
                 if len(entry.segments) != due:
                     raise _wrong(self.path, number, f"{due} segments end in {entry.path!r}, and {len(entry.segments)} are listed")
@@ -120,6 +136,30 @@ class Manifest:
         raise _wrong(self.path, files + 2, "the last line, with the totals, is missing: the file was cut off")
 
 
+@contextlib.contextmanager
+def read_lines(path: Path) -> Iterator[Iterator[str]]:
+    """Open a manifest, and yield its lines as they are.
+
+    Raises:
+        SpecError: It cannot be read.
+    """
+    try:
+        with open(path, encoding="ascii", errors="surrogateescape", opener=fs.plain) as stream:
+            yield stream
+    except OSError as exc:
+        raise SpecError(f"cannot read the manifest {path}: {exc.strerror}") from exc
+
+
+def read_entry(path: Path, number: int, line: str) -> Entry | None:
+    """Return the file that a line lists; `None` for the line with the totals.
+
+    Raises:
+        SpecError: The line is not as it must be; the message begins with `file:line:`.
+    """
+    value = _value(path, number, line)
+    return None if "files" in value else _entry(path, number, value)
+
+
 def read_manifest(path: Path) -> Manifest:
     """Read the first and the last line of a manifest, and nothing between.
 
@@ -127,7 +167,7 @@ def read_manifest(path: Path) -> Manifest:
         SpecError: It is no manifest, or was cut off.
     """
     try:
-        with path.open("rb") as stream:
+        with open(path, "rb", opener=fs.plain) as stream:
             first = stream.readline(LAST_LINE_BYTES)
             stream.seek(max(0, os.fstat(stream.fileno()).st_size - LAST_LINE_BYTES))
             last = stream.read().rstrip(b"\n").rpartition(b"\n")[2]
@@ -137,12 +177,16 @@ def read_manifest(path: Path) -> Manifest:
     size = head.get("segment_bytes")
     if head.get("format") != FORMAT or not _is_count(size) or size == 0:
         raise _wrong(path, 1, f"no {FORMAT}, or no segment_bytes", "make it with 'hpcutils stage manifest'")
+    if size > LARGEST_SEGMENT_BYTES:
+        raise _wrong(path, 1, f"segment_bytes: at most 1 GiB was expected, got {size}", "each node holds eight segments in memory")
     try:
         value = json.loads(last)
         return Manifest(path, size, _total(value))
-    except (ValueError, KeyError, TypeError) as exc:
-        raise SpecError(
-            f"{path}: the last line is not the one with the totals: the file was cut off", "make or copy it again"
+    except (ValueError, KeyError, TypeError, RecursionError) as exc:
+        with read_lines(path) as lines:
+            count = sum(1 for _ in lines)
+        raise _wrong(
+            path, count, "the last line is not the one with the totals: the file was cut off", "make or copy it again"
         ) from exc
 
 
@@ -169,7 +213,7 @@ def _check_total(
 def _value(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise _wrong(path, number, f"no JSON: {exc}") from exc
     if not isinstance(value, dict):
         raise _wrong(path, number, "a JSON object was expected")
@@ -183,6 +227,8 @@ def _entry(path: Path, number: int, value: dict[str, Any]) -> Entry:
     name, size, sha256, segments = value.get("path"), value.get("size"), value.get("sha256"), value.get("segments", [])
     if not isinstance(name, str) or not is_safe(name):
         raise _wrong(path, number, f"path: a relative path without '..' was expected, got {name!r}")
+    if name.count("/") > DEEPEST_FOLDER:
+        raise _wrong(path, number, f"path: no more than {DEEPEST_FOLDER} folders were expected, got {name.count('/')}")
     if not _is_count(size):
         raise _wrong(path, number, f"size: a number of bytes was expected, got {size!r}")
     if sha256 is not None and not _is_digest(sha256, 64):
@@ -194,6 +240,11 @@ def _entry(path: Path, number: int, value: dict[str, Any]) -> Entry:
 
 def is_safe(name: str) -> bool:
     """Say whether a path stays below the folder that it is put into, and is written in the only way it may be."""
+    if not name.isascii():
+        try:
+            os.fsencode(name)
+        except UnicodeEncodeError:
+            return False
     return bool(name) and "\0" not in name and not any(part in ("", ".", "..") for part in name.split("/"))
 
 
@@ -207,57 +258,6 @@ def _is_digest(value: Any, digits: int) -> bool:
 
 def _wrong(path: Path, number: int, what: str, hint: str | None = None) -> SpecError:
     return SpecError(f"{path}:{number}: {what}", hint)
-
-
-@dataclass(frozen=True)
-class Found:
-    """A file that is to be listed: its name in the manifest, and where it is."""
-
-    name: str
-    path: Path
-
-
-def common_folder(places: Sequence[Path]) -> Path:
-    """Return the folder that the paths in a manifest of `places` start from: a single folder itself, else what all are in."""
-    if len(places) == 1 and places[0].is_dir():
-        return places[0].resolve()
-    return Path(os.path.commonpath([str(place.resolve().parent) for place in places]))
-
-
-def find_files(places: Sequence[Path]) -> Iterator[Found]:
-    """Yield what a manifest of `places` lists: files, and the files in folders, sorted, by their paths below `common_folder`.
-
-    Links to files count as the files. Empty folders are not kept.
-
-    Raises:
-        DataError: A place is missing, or is neither a file nor a folder; a link leads to a folder.
-    """
-    folder = common_folder(places)
-    for place in places:
-        inside = os.path.relpath(place.resolve(), folder)
-        if place.is_dir():
-            yield from _walk(place, "" if inside == "." else f"{inside}/")
-        elif place.is_file():
-            yield Found(inside, place)
-        else:
-            raise DataError(f"no file and no folder: {place}")
-
-
-def _walk(folder: Path, inside: str) -> Iterator[Found]:
-    try:
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-    except OSError as exc:
-        raise DataError(f"cannot read {folder}: {exc.strerror}") from exc
-    for entry in entries:
-        name = f"{inside}{entry.name}"
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(Path(entry.path), f"{name}/")
-        elif entry.is_file():
-            yield Found(name, Path(entry.path))
-        else:
-            kind = "a link to a folder, or to nothing" if entry.is_symlink() else "neither a file nor a folder"
-            raise DataError(f"{entry.path} is {kind}", "leave it out, or name what it leads to as a further argument")
 
 
 class Cutter:
@@ -298,26 +298,44 @@ def write_manifest(files: Iterable[Found], target: Path, segment_bytes: int = SE
 
     Args:
         files: For instance of `find_files`.
-        target: The manifest; it appears when it is complete.
+        target: The manifest; it appears when it is complete. It is no part of what it lists, also where it lies among the files.
         segment_bytes: Bytes of a segment.
 
     Raises:
         DataError: A file cannot be read, or two have the same name.
     """
     cutter, count, size = Cutter(segment_bytes), 0, 0
-    seen: set[int] = set()
     with fs.publishing(target) as temporary, temporary.open("w", encoding="ascii") as stream:
         stream.write(json.dumps({"format": FORMAT, "segment_bytes": segment_bytes}) + "\n")
+        own = _identities(temporary, target)
+        names = Names(lambda: _paths_in(temporary, stream))
         for file in files:
-            # 64 bits of a name: a million of them need 60 MB, and meet by chance once in ten million manifests.
-            seen.add(hash(file.name))
+            if own & _identities(file.path):
+                continue
+            if (wrong := names.trouble(file.name)) is not None:
+                raise DataError(f"{file.name!r} {wrong}", "name it, or the folder that it is in, once")
             entry = _listed(file, cutter)
             stream.write(entry.line())
             count, size = count + 1, size + entry.size_bytes
-            if len(seen) != count:
-                raise DataError(f"{file.name!r} is listed twice", "name it, or the folder that it is in, once")
         stream.write(json.dumps({"files": count, "size": size, "tail": cutter.tail()}) + "\n")
     return read_manifest(target)
+
+
+def _paths_in(unfinished: Path, writer: TextIO) -> Iterator[str]:
+    writer.flush()
+    with unfinished.open(encoding="ascii") as stream:
+        next(stream)
+        yield from (json.loads(line)["path"] for line in stream)
+
+
+def _identities(*paths: Path) -> set[tuple[int, int]]:
+    """Return what the files are whatever they are called; one that is not there is none."""
+    found = set()
+    for path in paths:
+        with contextlib.suppress(OSError):
+            facts = path.stat()
+            found.add((facts.st_dev, facts.st_ino))
+    return found
 
 
 def _listed(file: Found, cutter: Cutter) -> Entry:
@@ -334,7 +352,7 @@ def _listed(file: Found, cutter: Cutter) -> Entry:
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb", buffering=0) as stream:
+    with open(path, "rb", buffering=0, opener=fs.plain) as stream:
         blocks = iter(lambda: stream.read(BLOCK_BYTES), b"")
         large = os.fstat(stream.fileno()).st_size >= AHEAD_FROM_BYTES
         yield from ahead(blocks, 4) if large else blocks

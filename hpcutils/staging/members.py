@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, cast
 
-from hpcutils.errors import ArchiveError
+from hpcutils.errors import ArchiveError, DataError
 
 GIB = 1 << 30
 COPY_BYTES = 1 << 20
 LONGEST_LINK_BYTES = 4096
+# What compressed data usually becomes.
+USUAL_RATIO = 4
 Kind = Literal["file", "folder", "symlink", "hardlink", "other"]
 DISTRUST = "the archive is hostile or badly made: ask its publisher, or unpack it by hand in a folder of its own"
 UNIX_KINDS: dict[int, Kind] = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "symlink"}
@@ -42,10 +44,12 @@ class Limits:
     Args:
         unpacked_bytes: Bytes after unpacking; for a tar those of its headers and padding included.
         members: Files, folders and links.
+        free_bytes: What the disk has, counted in the same way; `None` lets the disk say when it is full.
     """
 
     unpacked_bytes: int
     members: int = 10_000_000
+    free_bytes: int | None = None
 
     @classmethod
     def of(cls, archive: Path) -> Limits:
@@ -57,7 +61,12 @@ class Limits:
 
         Raises:
             ArchiveError: That is too much.
+            DataError: It is more than the disk has.
         """
+        if self.free_bytes is not None and count > self.free_bytes:
+            raise DataError(
+                f"no room: the archive {what} {count} bytes, and {self.free_bytes} are free", "name a larger disk (staging.cache)"
+            )
         if count > self.unpacked_bytes:
             raise ArchiveError(
                 f"the archive {what} {count} bytes; {self.unpacked_bytes} are allowed",
@@ -113,6 +122,19 @@ def members_of(archive: Path, formats: Sequence[str], limits: Limits, label: str
         f"{label} is not a {' or '.join(formats)} archive, or is damaged from the beginning",
         "call without extract=True if it is not meant to be unpacked",
     )
+
+
+def expected_bytes(archive: Path) -> tuple[int, bool]:
+    """Return what an archive will take when it is unpacked, and whether that is known: a compressed tar would have to be read."""
+    size_bytes = archive.stat().st_size
+    with contextlib.suppress(*DAMAGE), _unpacked(archive) as stream:
+        if isinstance(stream, (gzip.GzipFile, bz2.BZ2File, lzma.LZMAFile)):
+            return USUAL_RATIO * size_bytes, False
+    with contextlib.suppress(*DAMAGE):
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as pack:
+                return sum(info.file_size for info in pack.infolist()), True
+    return size_bytes, True
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
+from pathlib import Path
 
 from hpcutils import fs
 from hpcutils.errors import DataError, HpcutilsError, IntegrityError
@@ -44,14 +45,23 @@ class Move:
     """One dataset on its way to the nodes that lack it."""
 
     def __init__(
-        self, dataset: Dataset, place: Place, looked: Looked, origin: Origin, leaders: Leaders, rounds: list[Round]
+        self,
+        dataset: Dataset,
+        place: Place,
+        looked: Looked,
+        origin: Origin,
+        leaders: Leaders,
+        rounds: list[Round],
+        mark: str | None = None,
     ) -> None:
         self.dataset, self.place, self.looked = dataset, place, looked
-        self.origin, self.leaders, self.rounds = origin, leaders, rounds
+        self.origin, self.leaders, self.rounds, self.mark = origin, leaders, rounds, mark
         self.pool = Pool(BUFFERS, min(dataset.segment_bytes, max(dataset.size_bytes, 1)))
         self.ring = Ring(leaders, self.pool)
         self.origin_bytes = 0
         self.partial = looked.partial
+        # The dataset that this node had complete, and gave to others, is not what it was.
+        self.rotten = False
 
     def counts(self) -> tuple[int, int, int]:
         """Return bytes read from the origin, bytes received from neighbours, and segments asked for again."""
@@ -63,6 +73,7 @@ class Move:
         try:
             with contextlib.closing(self._progress()) as shows:
                 self._go_round(follower, shows)
+            self._confirm()
             return self.leaders.together(lambda: self._complete(follower, started_s))
         except HpcutilsError:
             if follower is not None:
@@ -84,6 +95,9 @@ class Move:
     def _go_round(self, follower: Follower | None, shows: Progress) -> None:
         here = self.place.files if self.partial is None else self.partial / FILES
         done_bytes = self.looked.facts.have_bytes
+        begun = self.leaders.gather(done_bytes)
+        shows.begin(min(begun))
+        self._show(shows, begun)
         # Together: who cannot begin must not leave the others waiting in the first round.
         opened = self.leaders.together(lambda: self._open(follower))
         with Loader(self.origin, here, self.looked.finished, self.leaders.node) as loader, opened as landing:
@@ -93,12 +107,20 @@ class Move:
                     if landing is not None and load.segment.number not in self.looked.finished:
                         landing.land(load)
                         done_bytes += load.segment.size_bytes
-                        shows.update(done_bytes, self.dataset.size_bytes)
                 if mine is not None:
                     mine.buffer.drop()
-                self.leaders.raise_any(error or self.ring.error or (landing.error if landing is not None else None))
+                error = error or self.ring.error or (landing.error if landing is not None else None)
+                self._show(shows, self.leaders.share(error, done_bytes))
             self.leaders.together(lambda: landing.wait() if landing is not None else None)
             self.origin_bytes = loader.origin_bytes
+            self.rotten = self.partial is None and bool(loader.rotten)
+
+    def _show(self, shows: Progress, done: list[int]) -> None:
+        """Tell how far the last node is, and how many are done: one that had all is no measure."""
+        size_bytes = self.dataset.size_bytes
+        nodes = sum(each >= size_bytes for each in done)
+        # A segment that rotted was counted when it was there, and when it came again.
+        shows.update(min(*done, size_bytes), size_bytes, f"{nodes} of {len(done)} nodes")
 
     def _loads(self, slots: list[Segment | None], mine: Load | None) -> Iterator[Load]:
         if mine is not None:
@@ -129,14 +151,45 @@ class Move:
             assert head is not None
             return head.digest
         with disk_errors(self.place):
+            self._require_all(self.partial)
             digest = self.dataset.key if follower is None else follower.digest()
             self._check(digest)
             self._list(digest)
             seconds = time.monotonic() - started_s
             moved = self.dataset.size_bytes - self.looked.facts.have_bytes
             head = Head(self.dataset.name, self.dataset.files, self.dataset.size_bytes, digest, moved, round(seconds, 3))
-            store.complete(self.partial, self.place, head)
+            store.complete(self.partial, self.place, head, self.looked.wrong)
         return digest
+
+    def _confirm(self) -> None:
+        """Hold a source that no digest vouches for against what it was before: one that changed was read half old, half new."""
+        if self.mark is None:
+            return
+        try:
+            self.leaders.together(self._require_unchanged)
+        except HpcutilsError:
+            if self.partial is not None:
+                store.discard(self.partial, self.place)
+            raise
+        finally:
+            self.origin.close()
+
+    def _require_unchanged(self) -> None:
+        path = self.dataset.name if self.dataset.entry is None else self.dataset.entry.path
+        if self.origin.mark(path) != self.mark:
+            raise DataError(
+                f"{self.origin.where(path)} changed while it was read; nothing of it was published",
+                "submit the job again when nobody writes to it, or name its sha256",
+            )
+
+    def _require_all(self, partial: Path) -> None:
+        """Refuse to publish what nobody wrote down as proved and written."""
+        finished = store.read_finished(partial, self.dataset.segment_bytes)
+        for number in range(self.dataset.segment_count):
+            if number not in finished:
+                raise DataError(
+                    f"segment {number} of {self.dataset.name} never got to {partial}", "submit the job again; report this, please"
+                )
 
     def _check(self, digest: str) -> None:
         entry = self.dataset.entry

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from hpcutils import fs
 from hpcutils.errors import DataError, MissingPartError, SpecError
 from hpcutils.log import LOGGER
 from hpcutils.staging.download import Patience
@@ -40,6 +41,9 @@ class Origin(Protocol):
     def size_bytes(self, path: str) -> int | None:
         """Return a file's length; `None` where the origin does not say."""
 
+    def mark(self, path: str) -> str:
+        """Ask anew, and return what is another text when the file was changed or replaced meanwhile."""
+
     def where(self, path: str) -> str:
         """Return how a file is called in messages."""
 
@@ -52,12 +56,14 @@ class FolderOrigin:
 
     Args:
         locate: From a path in the dataset to the file.
+        follow: A link counts as what it leads to. In the cache none is expected.
     """
 
     threads = 2
 
-    def __init__(self, locate: Callable[[str], Path]) -> None:
+    def __init__(self, locate: Callable[[str], Path], *, follow: bool = True) -> None:
         self._locate = locate
+        self._flags = os.O_RDONLY | (0 if follow else os.O_NOFOLLOW)
         # Each thread keeps the last file that it read a part of.
         self._open: dict[int, tuple[str, int]] = {}
 
@@ -83,7 +89,7 @@ class FolderOrigin:
         path, descriptor = self._open.get(thread, (None, -1))
         if path != piece.path:
             self._drop(thread)
-            descriptor = os.open(self._locate(piece.path), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = fs.plain(self._locate(piece.path), self._flags)
             self._open[thread] = (piece.path, descriptor)
             length = os.fstat(descriptor).st_size
             if length != piece.file_bytes:
@@ -103,8 +109,18 @@ class FolderOrigin:
 
     def size_bytes(self, path: str) -> int | None:
         """Return the file's length."""
+        return self._facts(path).st_size
+
+    def mark(self, path: str) -> str:
+        """Return what changes with the file's bytes. The time of change cannot be set back, as the time of writing can."""
+        facts = self._facts(path)
+        return f"{facts.st_ino} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
+
+    def _facts(self, path: str) -> os.stat_result:
         try:
-            return self._locate(path).stat().st_size
+            # Opened: NFS asks its server then, and may answer a bare stat from memory.
+            with open(self._locate(path), "rb", buffering=0, opener=fs.plain) as stream:
+                return os.fstat(stream.fileno())
         except OSError as exc:
             raise DataError(
                 f"no such file: {self.where(path)} ({exc.strerror})", "data must be on a file system that the nodes can see"
@@ -224,6 +240,10 @@ class WebOrigin:
                 failures += 1
                 self._wait(Piece(path, 0, 0, 0, 0), failures, exc)
 
+    def mark(self, path: str) -> str:
+        """Return the server's own mark; where it gives none, the length is all there is."""
+        return f"{self.size_bytes(path)} {self._validator}"
+
     def knows_ranges(self, path: str, total_bytes: int) -> bool:
         """Say whether parts of the file can be had: else one reads it all."""
         if self._validator is None:
@@ -295,6 +315,14 @@ class FsspecOrigin:
         with _fsspec_errors(self.where(path)):
             return int(file.seek(0, os.SEEK_END))
 
+    def mark(self, path: str) -> str:
+        """Return what fsspec knows a version of a file by."""
+        url = self._locate(path)
+        with _fsspec_errors(shown(url)):
+            system, inside = _fsspec().core.url_to_fs(url)
+            system.invalidate_cache()
+            return str(system.ukey(inside))
+
     def where(self, path: str) -> str:
         """Return the URL as it may stand in a log."""
         return shown(self._locate(path))
@@ -337,7 +365,7 @@ def origin_of(base: str, *, bounded: bool = False, single: bool = False) -> Orig
     scheme = "" if base.startswith("/") else urllib.parse.urlsplit(base).scheme.lower()
 
     def url(path: str) -> str:
-        return base if single else f"{base.rstrip('/')}/{urllib.parse.quote(path)}"
+        return base if single else f"{base.rstrip('/')}/{urllib.parse.quote(os.fsencode(path))}"
 
     if scheme in WEB:
         return WebOrigin(url, bounded=bounded)

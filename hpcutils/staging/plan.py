@@ -11,11 +11,16 @@ from hpcutils.errors import DataError
 State = Literal["present", "partial", "missing", "corrupt"]
 # The disk is not filled to the last byte: directories, markers and other programs need some.
 RESERVE_BYTES = 64 << 20
+RESERVE_FILES = 64
+
+
+# `left`: begun by a job that was killed; `growing`: begun by one that runs; `damaged`: its marker cannot be read.
+Condition = Literal["complete", "damaged", "left", "growing"]
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A complete dataset in the cache.
+    """Something that takes room in the cache.
 
     Args:
         kind: See `Dataset`.
@@ -26,6 +31,7 @@ class Kept:
         used_s: When it was last used, in seconds since 1970.
         pins: Who uses it now.
         rate: Bytes a second with which it came; 0 where nobody knows.
+        state: What it is.
     """
 
     kind: str
@@ -36,6 +42,7 @@ class Kept:
     used_s: float
     pins: tuple[str, ...] = ()
     rate: float = 0.0
+    state: Condition = "complete"
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,9 @@ class Facts:
         have: Segments that are there and prove right.
         have_bytes: Their bytes.
         free_bytes: Free on the disk.
-        kept: Complete datasets, without this one.
+        kept: What else takes room in the cache.
+        block_bytes: What the smallest file takes on the disk.
+        free_files: Files that the disk has room for; `None` where it does not say.
     """
 
     state: State
@@ -56,6 +65,8 @@ class Facts:
     have_bytes: int = 0
     free_bytes: int = 0
     kept: tuple[Kept, ...] = ()
+    block_bytes: int = 0
+    free_files: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,7 @@ class StagePlan:
         evict: Datasets that make room, least recently used first.
         lacking_bytes: What is still missing then; 0 when there is room.
         rate: Bytes a second that were seen here before, or 0.
+        lacking_files: Files that the disk has no room for, though it had room for their bytes.
     """
 
     name: str
@@ -89,6 +101,7 @@ class StagePlan:
     evict: tuple[Kept, ...]
     lacking_bytes: int
     rate: float
+    lacking_files: int = 0
 
     @property
     def seconds(self) -> float | None:
@@ -104,6 +117,13 @@ class StagePlan:
                 f"no room for {self.name}: {shown_bytes(self.move_bytes)} have to be moved to {self.target.parent}, "
                 f"and {shown_bytes(self.lacking_bytes)} are lacking after {len(self.evict)} datasets are evicted",
                 "raise staging.quota_gb, name a larger disk (staging.cache), or wait for the jobs that pin the rest",
+            )
+        if self.lacking_files:
+            less = "1 file" if self.lacking_files == 1 else f"{self.lacking_files:,} files"
+            raise DataError(
+                f"no room for {self.name}: {self.files:,} files go to {self.target.parent}, and the disk has room for {less} less "
+                f"than it takes after {len(self.evict)} datasets are evicted (df -i)",
+                "stage an archive or larger files, or name another disk (staging.cache)",
             )
 
 
@@ -130,28 +150,36 @@ def plan_stage(
         rate: Bytes a second to reckon with; 0 takes what was seen here before.
     """
     move = 0 if facts.state == "present" else size_bytes - facts.have_bytes
-    evict, lacking = _make_room(facts, move, size_bytes, quota_bytes)
+    # As many of the files are there as of the bytes.
+    makes = files * move // size_bytes if size_bytes else (0 if facts.state == "present" else files)
+    evict, lacking, lacking_files = _make_room(facts, move, makes, size_bytes, quota_bytes)
     seen = sorted(kept.rate for kept in facts.kept if kept.rate)
     return StagePlan(
         name, target, facts.state, files, size_bytes, segments, facts.have, move, facts.free_bytes, evict, lacking,
-        rate or (seen[len(seen) // 2] if seen else 0.0),
+        rate or (seen[len(seen) // 2] if seen else 0.0), lacking_files,
     )  # fmt: skip
 
 
-def _make_room(facts: Facts, move: int, size_bytes: int, quota_bytes: int | None) -> tuple[tuple[Kept, ...], int]:
-    """Return what to evict, and what is lacking even so: the least recently used go first, pinned ones never."""
-    if not move:
-        return (), 0
-    over = move + RESERVE_BYTES - facts.free_bytes
-    if quota_bytes is not None:
-        over = max(over, size_bytes + sum(kept.size_bytes for kept in facts.kept) - quota_bytes)
+def _make_room(facts: Facts, move: int, makes: int, size_bytes: int, quota_bytes: int | None) -> tuple[tuple[Kept, ...], int, int]:
+    """Return what to evict, and the bytes and files that are lacking even so.
+
+    First goes what is of no use, then the least recently used; what is pinned never. A file takes its bytes and at most a block
+    more. The quota counts bytes alone: what a person asked for does not depend on the disk.
+    """
+    if facts.state == "present":
+        return (), 0, 0
+    disk = move + makes * facts.block_bytes + RESERVE_BYTES - facts.free_bytes if move or makes else 0
+    quota = 0 if quota_bytes is None else size_bytes + sum(kept.size_bytes for kept in facts.kept) - quota_bytes
+    inodes = 0 if facts.free_files is None else makes + RESERVE_FILES - facts.free_files
     evict = []
-    for kept in sorted((kept for kept in facts.kept if not kept.pins), key=lambda kept: kept.used_s):
-        if over <= 0:
+    for kept in sorted((kept for kept in facts.kept if not kept.pins), key=lambda kept: (kept.state == "complete", kept.used_s)):
+        if max(disk, quota, inodes) <= 0:
             break
         evict.append(kept)
-        over -= kept.size_bytes
-    return tuple(evict), max(0, over)
+        disk -= max(kept.size_bytes, kept.files * facts.block_bytes)
+        quota -= kept.size_bytes
+        inodes -= kept.files
+    return tuple(evict), max(0, disk, quota), max(0, inodes)
 
 
 def shown_bytes(size: float) -> str:
@@ -185,6 +213,8 @@ def describe(plan: StagePlan, quota_bytes: int | None = None) -> str:
     room = f"{shown_bytes(plan.free_bytes)} free" + (f", quota {shown_bytes(quota_bytes)}" if quota_bytes is not None else "")
     if plan.lacking_bytes:
         room += f": {shown_bytes(plan.lacking_bytes)} are lacking"
+    elif plan.lacking_files:
+        room += f": {plan.lacking_files:,} file{'s' * (plan.lacking_files > 1)} too many"
     elif plan.evict:
         room += f": enough after {', '.join(kept.name for kept in plan.evict)} went"
     else:

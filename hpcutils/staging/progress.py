@@ -16,8 +16,11 @@ MIB = 1 << 20
 class Progress(Protocol):
     """What a transfer tells: called once a block, so `update` must return at once."""
 
-    def update(self, done_bytes: int, total_bytes: int | None) -> None:
-        """Take note that `done_bytes` of `total_bytes` (None: nobody knows) are there."""
+    def begin(self, done_bytes: int) -> None:
+        """Take note that `done_bytes` were there before: they count into no rate."""
+
+    def update(self, done_bytes: int, total_bytes: int | None, also: str = "") -> None:
+        """Take note that `done_bytes` of `total_bytes` (None: nobody knows) are there; `also` is told beside the rate."""
 
     def close(self) -> None:
         """Show the last state; called once, also after a failure."""
@@ -26,7 +29,10 @@ class Progress(Protocol):
 class Silent:
     """Shows nothing."""
 
-    def update(self, done_bytes: int, total_bytes: int | None) -> None:
+    def begin(self, done_bytes: int) -> None:
+        pass
+
+    def update(self, done_bytes: int, total_bytes: int | None, also: str = "") -> None:
         pass
 
     def close(self) -> None:
@@ -40,12 +46,16 @@ class _Shown:
 
     def __init__(self, label: str, stream: TextIO) -> None:
         self.label, self.stream = label, stream
-        self.done_bytes = 0
+        self.done_bytes = self.begun_bytes = 0
+        self.also = ""
         self.total_bytes: int | None = None
         self.started_s = self.drawn_s = time.monotonic()
 
-    def update(self, done_bytes: int, total_bytes: int | None) -> None:
-        self.done_bytes, self.total_bytes = done_bytes, total_bytes
+    def begin(self, done_bytes: int) -> None:
+        self.done_bytes = self.begun_bytes = done_bytes
+
+    def update(self, done_bytes: int, total_bytes: int | None, also: str = "") -> None:
+        self.done_bytes, self.total_bytes, self.also = done_bytes, total_bytes, also
         now_s = time.monotonic()
         if now_s - self.drawn_s >= self.every_s:
             self.drawn_s = now_s
@@ -55,14 +65,14 @@ class _Shown:
         raise NotImplementedError
 
     def state(self) -> str:
-        """Return `12.0 of 34.5 MiB (35%), 6.7 MiB/s, 3 s left`."""
+        """Return `12.0 of 34.5 MiB (35%), 6.7 MiB/s, 3 of 4 nodes, 3 s left`."""
         elapsed_s = max(time.monotonic() - self.started_s, 1e-6)
         total = "" if self.total_bytes is None else f" of {self.total_bytes / MIB:.1f}"
         share = f" ({100 * self.done_bytes // self.total_bytes}%)" if self.total_bytes else ""
-        rate = self.done_bytes / elapsed_s
+        rate = (self.done_bytes - self.begun_bytes) / elapsed_s
         left_s = ((self.total_bytes or 0) - self.done_bytes) / rate if rate else 0.0
         left = f", {left_s:.0f} s left" if left_s > 0 else ""
-        return f"{self.done_bytes / MIB:.1f}{total} MiB{share}, {rate / MIB:.1f} MiB/s{left}"
+        return f"{self.done_bytes / MIB:.1f}{total} MiB{share}, {rate / MIB:.1f} MiB/s{f', {self.also}' if self.also else ''}{left}"
 
 
 class Lines(_Shown):

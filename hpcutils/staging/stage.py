@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hpcutils import fs
-from hpcutils.errors import DataError, HpcutilsError
+from hpcutils.errors import DataError, HpcutilsError, IntegrityError
 from hpcutils.log import LOGGER
 from hpcutils.staging import cache, store
 from hpcutils.staging.dataset import Dataset, dataset_of_file, dataset_of_manifest
@@ -22,6 +22,8 @@ from hpcutils.staging.move import Move, disk_errors
 from hpcutils.staging.origins import Origin, WebOrigin, origin_of
 from hpcutils.staging.overlay import Arriving
 from hpcutils.staging.plan import StagePlan, shown_bytes
+from hpcutils.staging.private import open_root
+from hpcutils.staging.proof import trouble
 from hpcutils.staging.ring import plan_rounds
 from hpcutils.staging.store import Head, Place
 
@@ -103,6 +105,18 @@ class Outcome:
         return {name: getattr(self, name) for name in names} | {"seconds": round(self.seconds, 3)}
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a dataset is had from its source: arguments of `begin_dataset`."""
+
+    base: str
+    settings: Settings
+    single: bool
+    whole: bool
+    mark: str | None
+    again: bool
+
+
 class Coming:
     """A dataset that all leaders have looked for and planned: what is left is to move it, unless it is everywhere already.
 
@@ -113,7 +127,7 @@ class Coming:
         started_s: When it began (`time.monotonic`).
         move: What is left to do, or
         outcome: what came of it.
-        source: What its files are read from: see `origin_of`, `base` and `single`.
+        source: What its files are read from, where there is a `move`.
     """
 
     def __init__(
@@ -124,7 +138,7 @@ class Coming:
         started_s: float,
         move: Move | None = None,
         outcome: Outcome | None = None,
-        source: tuple[str, bool] = ("", False),
+        source: Reading | None = None,
     ) -> None:
         self.dataset, self.place, self.outcome = dataset, place, outcome
         self._leaders, self._started_s, self._move, self._source = leaders, started_s, move, source
@@ -138,12 +152,13 @@ class Coming:
 
     def arriving(self, path: str) -> Arriving | None:
         """Return how a file can be read before `finish`; `None` where it is here already."""
-        if self._move is None or self._move.partial is None:
+        source = self._source
+        if self._move is None or self._move.partial is None or source is None:
             return None
         begin_bytes = 0
         for entry in self.dataset.entries():
             if entry.path == path:
-                where = self._move.partial, self.place.entry, *self._source
+                where = self._move.partial, self.place.entry, source.base, source.single
                 return Arriving(path, entry.size_bytes, begin_bytes, self.dataset.segment_bytes, *where)
             begin_bytes += entry.size_bytes
         raise AssertionError(path)
@@ -169,9 +184,28 @@ class Coming:
         self.outcome = Outcome(
             self.place.files, digest, dataset.size_bytes, totals[0], totals[1], seconds, leaders.size, totals[2]
         )  # fmt: skip
-        if leaders.rank == 0:
+        rotten = [rank for rank, found in enumerate(leaders.gather(self._move.rotten)) if found]
+        if rotten:
+            self.outcome = self._mend(self.outcome, rotten)
+        elif leaders.rank == 0:
             LOGGER.info("%s", summary(dataset.name, self.outcome))
         return self.outcome
+
+    def _mend(self, first: Outcome, rotten: list[int]) -> Outcome:
+        """Stage once more: the nodes of the leaders `rotten` hash all that they have, and get what is wrong of it."""
+        source, name = self._source, self.dataset.name
+        assert source is not None
+        if not source.again:
+            raise IntegrityError(
+                f"{name} on the node of leader {rotten[0]} changes again and again",
+                "its disk or memory is at fault: leave it out",
+            )
+        LOGGER.warning("%s: %d nodes had a damaged copy under its name; it is mended", name, len(rotten))
+        settings = replace(source.settings, verify=source.settings.verify or self._leaders.rank in rotten)
+        words = {"single": source.single, "whole": source.whole, "mark": source.mark, "again": False}
+        more = begin_dataset(self.dataset, source.base, settings, self._leaders, **words).finish()  # type: ignore[arg-type]
+        sums = {key: getattr(first, key) + getattr(more, key) for key in ("origin_bytes", "received_bytes", "seconds", "repeats")}
+        return replace(more, **sums)
 
     def give_up(self) -> None:
         """Leave it; what has landed stays for the next job."""
@@ -188,6 +222,8 @@ def begin_dataset(
     single: bool = False,
     whole: bool = False,
     origin: Origin | None = None,
+    mark: str | None = None,
+    again: bool = True,
 ) -> Coming:
     """Look for `dataset` on every node, and plan how each gets it; each leader calls it with the same arguments.
 
@@ -199,6 +235,8 @@ def begin_dataset(
         single: See `base`.
         whole: The first leader reads it all.
         origin: What `base` was opened as already.
+        mark: What its file was known by before it was read, where no digest tells whether it changed meanwhile.
+        again: A node whose complete copy turns out to be rotten while it gives of it may be mended, once.
 
     Raises:
         DataError: A node has no room. On every leader.
@@ -212,12 +250,14 @@ def begin_dataset(
             return _already(dataset, place, started_s, leaders)
         origin = origin or origin_of(base, bounded=leaders.size > 1, single=single)
         divisible = not whole and _is_divisible(origin, dataset, leaders)
-        move = Move(dataset, place, looked, origin, leaders, plan_rounds(dataset.segment_count, haves, divisible=divisible))
+        rounds = plan_rounds(dataset.segment_count, haves, divisible=divisible)
+        move = Move(dataset, place, looked, origin, leaders, rounds, mark)
     except HpcutilsError:
         store.give_up(place)
         cache.unpin(place)
         raise
-    return Coming(dataset, place, leaders, started_s, move, source=(base, single))
+    source = Reading(base, settings, single, whole, mark, again)
+    return Coming(dataset, place, leaders, started_s, move, source=source)
 
 
 def stage_dataset(dataset: Dataset, base: str, settings: Settings, leaders: Leaders) -> Outcome:
@@ -226,12 +266,18 @@ def stage_dataset(dataset: Dataset, base: str, settings: Settings, leaders: Lead
 
 
 def _already(dataset: Dataset, place: Place, started_s: float, leaders: Leaders) -> Coming:
-    head = store.read_head(place.entry)
-    if head is None:
-        raise DataError(f"{place.entry} was removed while the job started", "submit it again")
+    # Together: a leader that does not find it any more must not leave the others waiting.
+    head = leaders.together(lambda: _head(place))
     LOGGER.info("%s: on %s already", head.name, "this node" if leaders.size == 1 else f"all {leaders.size} nodes")
     outcome = Outcome(place.files, head.digest, head.size_bytes, 0, 0, time.monotonic() - started_s, leaders.size, 0)
     return Coming(dataset, place, leaders, started_s, outcome=outcome)
+
+
+def _head(place: Place) -> Head:
+    head = store.read_head(place.entry)
+    if head is None:
+        raise DataError(f"{place.entry} was removed while the job started", "submit it again")
+    return head
 
 
 def summary(name: str, outcome: Outcome) -> str:
@@ -246,16 +292,16 @@ def summary(name: str, outcome: Outcome) -> str:
 def _prepare(dataset: Dataset, place: Place, settings: Settings) -> tuple[Looked, StagePlan]:
     """Pin, look, plan, and make room: all that a node does before bytes move."""
     with disk_errors(place):
-        store.open_root(place.root)
+        open_root(place.root)
         cache.pin(place)
         try:
+            cache.sweep(place.root)
             looked = look(dataset, place, verify=settings.verify, take=True)
             plan = plan_dataset(dataset, place, _less(looked, settings), _left(settings))
             plan.require_room()
         except BaseException:
             store.give_up(place)
             raise
-        cache.sweep(place.root)
         cache.make_room(place.root, plan.evict)
         if looked.facts.state == "present":
             cache.touch(place)
@@ -314,13 +360,14 @@ def begin_item(item: Item, settings: Settings, leaders: Leaders) -> Coming:
             return _already(dataset, place, started_s, leaders)
     origin = origin_of(item.origin, bounded=leaders.size > 1, single=True)
     try:
+        mark = leaders.together(lambda: origin.mark(item.name)) if item.sha256 is None else None
         facts = leaders.together(lambda: facts_of(item, origin) if leaders.rank == 0 else (0, ""))
         size_bytes, identity = leaders.gather(facts)[0]
         if size_bytes is None:
             origin.close()
             return _download_first(item, settings, leaders)
         dataset = dataset_of_file(item.name, size_bytes, item.sha256, identity, leaders.size)
-        coming = begin_dataset(dataset, item.origin, settings, leaders, single=True, origin=origin)
+        coming = begin_dataset(dataset, item.origin, settings, leaders, single=True, origin=origin, mark=mark)
     except HpcutilsError:
         origin.close()
         raise
@@ -342,7 +389,7 @@ def _download_first(item: Item, settings: Settings, leaders: Leaders) -> Coming:
     def get() -> int:
         if leaders.rank > 0:
             return 0
-        store.open_root(settings.root)
+        open_root(settings.root)
         return fetch(item.origin, folder / item.name, digest=item.sha256).bytes_moved
 
     try:
@@ -361,8 +408,11 @@ def _warm(place: Place, verify: bool) -> Head | None:
         return None
     with disk_errors(place):
         cache.pin(place)
-    if not store.is_intact(place.entry) or (verify and cache.trouble(place)):
+        cache.sweep_pins(place.root)
+    if not store.is_intact(place.entry) or (verify and trouble(place)):
         return None
+    with disk_errors(place):
+        store.drop_partials(place)
     cache.touch(place)
     return store.read_head(place.entry)
 
@@ -370,8 +420,12 @@ def _warm(place: Place, verify: bool) -> Head | None:
 def facts_of(item: Item, origin: Origin) -> tuple[int | None, str]:
     """Return a file's length (`None` where the server does not say), and what it is known by where no digest says more."""
     size_bytes = origin.size_bytes(item.name)
-    changed = Path(item.origin).stat().st_mtime_ns if item.origin.startswith("/") else 0
+    changed = "0" if item.sha256 is not None else _version(item, origin)
     return size_bytes, f"{item.origin}\0{size_bytes}\0{changed}"
+
+
+def _version(item: Item, origin: Origin) -> str:
+    return str(Path(item.origin).stat().st_mtime_ns) if item.origin.startswith("/") else origin.mark(item.name)
 
 
 def stage(item: Item, root: Path) -> Staged:

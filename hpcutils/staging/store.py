@@ -26,10 +26,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hpcutils import fs
-from hpcutils.errors import DataError, IntegrityError
+from hpcutils.errors import IntegrityError
 from hpcutils.log import LOGGER
 from hpcutils.staging.archive import flush
 from hpcutils.staging.owner import is_alive, is_mine, owner_in, this_process
+from hpcutils.staging.swap import swap
 
 FILES, SEGMENTS, LIST, MARKER = "files", "segments", "manifest.jsonl", "complete.jsonl"
 KINDS = ("manifest", "sha256", "stat", "unpacked")
@@ -119,30 +120,12 @@ def _finished_bytes(partial: Path) -> int:
     return 0
 
 
-def open_root(root: Path) -> None:
-    """Make the cache's folder, private to the user.
-
-    Raises:
-        DataError: It cannot be made, or belongs to somebody else, who could change what is in it.
-    """
-    try:
-        for folder in (root.parent, root):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        facts = root.stat()
-    except OSError as exc:
-        raise DataError(
-            f"cannot make the cache {root}: {exc.strerror}", "set HPCUTILS_NODE_CACHE to a folder on a local disk"
-        ) from exc
-    if facts.st_uid != os.geteuid() or facts.st_mode & stat.S_IWOTH:
-        raise DataError(f"the cache {root} can be changed by others", "set HPCUTILS_NODE_CACHE to a folder of your own")
-
-
 def read_head(entry: Path) -> Head | None:
     """Return what a complete dataset's marker says first; `None` where there is none that can be read."""
     try:
-        with (entry / MARKER).open(encoding="ascii") as stream:
+        with open(entry / MARKER, encoding="ascii", opener=fs.plain) as stream:
             return Head(**json.loads(stream.readline()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 
@@ -156,15 +139,15 @@ def is_intact(entry: Path) -> bool:
             break
         time.sleep(LOOK_AGAIN_S)
     try:
-        with (entry / MARKER).open(encoding="ascii") as stream:
-            next(stream)
+        with open(entry / MARKER, encoding="ascii", opener=fs.plain) as stream:
+            stream.readline()
             for folders, line in enumerate(stream):
                 inside, facts = json.loads(line)
                 if inside is None:
                     return bool(facts == folders)
                 if _facts(entry / FILES / inside) != facts:
                     return False
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
     return False
 
@@ -180,7 +163,7 @@ def _facts(folder: Path) -> dict[str, list[int] | None]:
     return found
 
 
-def _marker_lines(files: Path, head: Head) -> Iterator[str]:
+def marker_lines(files: Path, head: Head) -> Iterator[str]:
     """Yield the marker's lines.
 
     Raises:
@@ -203,8 +186,14 @@ def _marker_lines(files: Path, head: Head) -> Iterator[str]:
     yield json.dumps([None, folders]) + "\n"
 
 
-def complete(partial: Path, place: Place, head: Head) -> None:
+def complete(partial: Path, place: Place, head: Head, wrong: int | None = None) -> None:
     """Give a partial that has all its bytes its name: flushed, with its marker, by one rename.
+
+    Args:
+        partial: The folder.
+        place: Where it goes. What is there already stays if it is as good, and is replaced at once if not.
+        head: The marker's first line.
+        wrong: The inode of a folder that has the name and is to be replaced, whatever its marker says.
 
     Raises:
         IntegrityError: It has other files than it should.
@@ -212,20 +201,40 @@ def complete(partial: Path, place: Place, head: Head) -> None:
     """
     _flush(partial, head.files)
     with fs.publishing(partial / MARKER) as temporary, temporary.open("w", encoding="ascii") as stream:
-        stream.writelines(_marker_lines(partial / FILES, head))
-    while True:
-        try:
-            partial.rename(place.entry)
-            break
-        except OSError as exc:
-            if exc.errno not in TAKEN:
-                raise
-        if is_intact(place.entry):
-            # Another process was faster: its files are as good.
-            discard(partial, place)
-            return
-        put_aside(place)
+        stream.writelines(marker_lines(partial / FILES, head))
+    while not _named(partial, place, wrong):
+        pass
     fs.fsync_path(place.entry.parent)
+
+
+def _named(partial: Path, place: Place, wrong: int | None) -> bool:
+    """Give `partial` its name; says whether that is done, or another process was faster and we must look again."""
+    try:
+        partial.rename(place.entry)
+        return True
+    except OSError as exc:
+        if exc.errno not in TAKEN:
+            raise
+    if inode_of(place.entry) != wrong and is_intact(place.entry):
+        # Another process was faster: its files are as good.
+        discard(partial, place)
+        return True
+    try:
+        old = swap(partial, place.entry, place.temporary(TRASH))
+    except OSError as exc:
+        if exc.errno not in TAKEN:
+            raise
+        return False
+    if old is not None:
+        discard(old, place)
+    return True
+
+
+def inode_of(folder: Path) -> int | None:
+    """Return which folder has a name now; `None` for none."""
+    with contextlib.suppress(OSError):
+        return folder.stat().st_ino
+    return None
 
 
 def _flush(folder: Path, files: int) -> None:
@@ -289,13 +298,18 @@ def put_aside(place: Place) -> Path | None:
 
 
 def prune(partial: Path, names: Iterable[str]) -> None:
-    """Remove what is in a partial's files and is no file of `names`: links, other files, and folders that are empty then."""
-    wanted = set(names)
+    """Remove what is in a partial's files and is no file of `names`: links, pipes, other files, and folders that are empty then."""
     files = partial / FILES
+    if not any(files.iterdir()):
+        return
+    # 64 bits a name: two that meet by chance leave a file too many, which is found when it is counted.
+    wanted = {hash(name) for name in names}
     for inside, folders, found in os.walk(files, topdown=False):
         here = Path(inside)
-        for path in (here / name for name in (*found, *folders)):
-            if path.is_symlink() or (path.exists() and not path.is_dir() and str(path.relative_to(files)) not in wanted):
+        # Folders that were emptied below are gone.
+        for path in (here / name for name in (*found, *folders) if os.path.lexists(here / name)):
+            mode = path.lstat().st_mode
+            if not (stat.S_ISDIR(mode) or (stat.S_ISREG(mode) and hash(str(path.relative_to(files))) in wanted)):
                 path.unlink()
         if here != files and not any(here.iterdir()):
             here.rmdir()
@@ -312,12 +326,18 @@ def discard(folder: Path, place: Place) -> bool:
     return True
 
 
+def drop_partials(place: Place) -> None:
+    """Remove what killed processes left of a dataset that is here now."""
+    for left in place.partials():
+        discard(left, place)
+
+
 def give_up(place: Place) -> None:
     """Give up what this process has of a dataset that it could not complete: the next job may claim it, also one in this process.
 
     A partial without a proved segment is removed. What the disk refuses now is left for the next job.
     """
-    for partial in _temporaries(place.root, place.kind):
+    for partial in hidden(place.root, place.kind):
         mark = TRASH if TRASH in partial.name else PART
         head, _, owner = partial.name.rpartition(mark)
         if head != f".{place.key}" or not is_mine(owner):
@@ -330,10 +350,24 @@ def give_up(place: Place) -> None:
                 partial.rename(partial.with_name(f"{head}{PART}{replace(this_process(), pid=0, start_ticks=0)}"))
 
 
-def _temporaries(root: Path, kind: str) -> list[Path]:
+def hidden(root: Path, kind: str) -> list[Path]:
+    """Return what was begun, or is being removed, whoever does it."""
     with contextlib.suppress(OSError):
         return [path for path in (root / kind).iterdir() if path.name.startswith(".")]
     return []
+
+
+def taken_bytes(folder: Path) -> int:
+    """Return what a dataset without a readable marker takes: what its sidecar lists, or else what is there."""
+    with contextlib.suppress(OSError, ValueError), open(folder / SEGMENTS, "rb", opener=fs.plain) as stream:
+        segment_bytes = int(stream.readline())
+        return segment_bytes * sum(1 for _ in stream)
+    blocks = 0
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                blocks += Path(inside, name).lstat().st_blocks
+    return blocks * 512
 
 
 def write_finished(folder: Path, segment_bytes: int, finished: dict[int, str]) -> None:
@@ -346,7 +380,8 @@ def read_finished(folder: Path, segment_bytes: int) -> dict[int, str]:
     """Return the segments that a sidecar lists as proved, by number; a line that was cut off counts as none."""
     found: dict[int, str] = {}
     try:
-        lines = (folder / SEGMENTS).read_text(encoding="ascii", errors="replace").splitlines()
+        with open(folder / SEGMENTS, encoding="ascii", errors="replace", opener=fs.plain) as stream:
+            lines = stream.read().splitlines()
     except OSError:
         return found
     if not lines or lines[0] != str(segment_bytes):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from hpcutils import fs
 from hpcutils.errors import DataError
-from hpcutils.staging import cache, store
+from hpcutils.staging import cache, members, store
 from hpcutils.staging.archive import unpack
+from hpcutils.staging.find import Found
 from hpcutils.staging.leaders import Leaders
-from hpcutils.staging.manifest import Found, write_manifest
+from hpcutils.staging.look import facts_of_node, is_sound
+from hpcutils.staging.manifest import write_manifest
 from hpcutils.staging.members import Limits
 from hpcutils.staging.move import disk_errors
+from hpcutils.staging.plan import RESERVE_BYTES, StagePlan, plan_stage
+from hpcutils.staging.proof import remark
 from hpcutils.staging.stage import Settings
 from hpcutils.staging.store import FILES, LIST, Head, Place
 
@@ -40,8 +45,9 @@ def unpack_archive(packed: Path, digest: str, member: str, settings: Settings, l
 def _member(packed: Path, place: Place, member: str, settings: Settings) -> Path:
     with disk_errors(place):
         cache.pin(place)
-        if not _is_there(place, settings.verify):
-            _unpack(packed, place)
+        cache.sweep_pins(place.root)
+        if not (place.entry.is_dir() and (is_sound(place, settings.verify) or remark(place, packed.name))):
+            _unpack(packed, place, settings.quota_bytes)
         cache.touch(place)
     path = place.files / member
     if not path.is_file():
@@ -50,23 +56,49 @@ def _member(packed: Path, place: Place, member: str, settings: Settings) -> Path
     return path
 
 
-def _is_there(place: Place, verify: bool) -> bool:
-    return place.entry.is_dir() and (not cache.trouble(place) if verify else store.is_intact(place.entry))
-
-
-def _unpack(packed: Path, place: Place) -> None:
+def _unpack(packed: Path, place: Place, quota_bytes: int | None) -> None:
     """Unpack into a partial, list what came out, and give it its name."""
     started_s = time.monotonic()
-    for left in place.partials():
-        store.discard(left, place)
-    store.discard(place.entry, place)
+    store.drop_partials(place)
+    # What a running job uses keeps its name until this one takes it.
+    wrong = store.inode_of(place.entry)
+    if not cache.is_used_by_others(place):
+        store.discard(place.entry, place)
+    limits = _make_room(packed, place, quota_bytes)
     partial = store.new_partial(place)
     try:
-        names = unpack(packed, partial / FILES, FORMATS, Limits.of(packed), packed.name)
+        names = unpack(packed, partial / FILES, FORMATS, limits, packed.name)
         files = (Found(name, partial / FILES / name) for name in names if not (partial / FILES / name).is_symlink())
         made = write_manifest(files, partial / LIST)
         size_bytes, seconds = made.total.size_bytes, round(time.monotonic() - started_s, 3)
-        store.complete(partial, place, Head(packed.name, len(names), size_bytes, made.digest(), size_bytes, seconds))
+        _evict(_plan(packed, place, quota_bytes, size_bytes, have_bytes=size_bytes), place)
+        head = Head(packed.name, len(names), size_bytes, made.digest(), size_bytes, seconds)
+        store.complete(partial, place, head, wrong)
     except BaseException:
         fs.remove(partial)
         raise
+
+
+def _make_room(packed: Path, place: Place, quota_bytes: int | None) -> Limits:
+    """Evict what has to go; returns how much may be written.
+
+    Raises:
+        DataError: There is no room, as far as that is known before.
+    """
+    expected_bytes, is_known = members.expected_bytes(packed)
+    plan = _plan(packed, place, quota_bytes, expected_bytes)
+    if is_known:
+        _evict(plan, place)
+    else:
+        cache.make_room(place.root, plan.evict)
+    return replace(Limits.of(packed), free_bytes=max(0, cache.free_bytes(place.root) - RESERVE_BYTES))
+
+
+def _evict(plan: StagePlan, place: Place) -> None:
+    plan.require_room()
+    cache.make_room(place.root, plan.evict)
+
+
+def _plan(packed: Path, place: Place, quota_bytes: int | None, size_bytes: int, have_bytes: int = 0) -> StagePlan:
+    facts = facts_of_node("partial", frozenset(), have_bytes, place)
+    return plan_stage(f"{packed.name}, unpacked", place.entry, 1, size_bytes, 1, facts, quota_bytes)

@@ -102,7 +102,7 @@ def _stage_listed(
     manifest = manifest_of(job, job_folder)
     if manifest is None:
         return
-    listed = leaders.together(lambda: listed_in(manifest, job.data.files))
+    listed = leaders.together(lambda: listed_in(manifest, job.data.files, job_folder))
     for file in job.data.files:
         said = listed.get(file.name, ("", None))[1]
         if None not in (said, file.sha256) and said != file.sha256:

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcutils.staging.cache import trouble
+from hpcutils.staging.find import Found, find_files
 from hpcutils.staging.leaders import Leaders
-from hpcutils.staging.manifest import Found, find_files, write_manifest
+from hpcutils.staging.manifest import write_manifest
 from hpcutils.staging.ring import plan_rounds, rounds_of
 from hpcutils.staging.segments import Segment, cut
 from hpcutils.staging.stage import Settings, stage_manifest

@@ -16,7 +16,7 @@ from mpi4py import MPI
 
 from hpcutils import log
 from hpcutils.errors import HpcutilsError
-from hpcutils.staging import landing, ring
+from hpcutils.staging import landing, move, ring, store
 from hpcutils.staging.leaders import Leaders
 from hpcutils.staging.load import Load
 from hpcutils.staging.stage import Item, Settings, stage_item, stage_manifest
@@ -63,6 +63,37 @@ def when_written(size_bytes: int, happens: Callable[[], None]) -> None:
     landing.Landing._put = put  # type: ignore[method-assign]
 
 
+def at_publish(when: str, happens: Callable[[], None]) -> None:
+    """Let something happen on this rank `before` or `after` it gives the dataset its name."""
+    honest = store.complete
+
+    def complete(*words: object) -> None:
+        if when == "before":
+            happens()
+        honest(*words)  # type: ignore[arg-type]
+        if when == "after":
+            happens()
+
+    store.complete = complete
+
+
+def full_at(step: str) -> None:
+    """Let this rank's disk be full at a step that is no writing of a segment."""
+
+    def refused(*words: object, **more: object) -> None:
+        full()
+
+    owner, name = {
+        "the folder": (store, "new_partial"),
+        "the sidecar": (store, "write_finished"),
+        "opening": (landing.Landing, "__init__"),
+        "the list": (move.Move, "_list"),
+        "the marker": (store, "marker_lines"),
+        "the name": (store, "_named"),
+    }[step]
+    setattr(owner, name, refused)
+
+
 def main() -> None:
     folder, spec = Path(sys.argv[1]), json.loads(sys.argv[2])
     world = MPI.COMM_WORLD
@@ -73,6 +104,10 @@ def main() -> None:
         when_written(spec["full_after"], full)
     if world.rank == spec.get("dies_on"):
         when_written(spec["dies_after"], die)
+    if world.rank == spec.get("dies_at_publish"):
+        at_publish(spec["when"], die)
+    if world.rank == spec.get("full_at_step_on"):
+        full_at(spec["step"])
     settings = Settings(folder / f"node{world.rank}")
     leaders = Leaders(world.Dup(), f"node{world.rank}")
     before = read_bytes()

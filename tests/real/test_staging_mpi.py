@@ -18,7 +18,8 @@ from servers import chunked, honest, ignores_range, serving
 from staging_samples import SEGMENT, left_in, make_set, tree_of
 
 from hpcutils.launch.local import LOCAL_ENVIRONMENT, find_mpirun
-from hpcutils.staging.manifest import find_files, read_manifest, write_manifest
+from hpcutils.staging.find import find_files
+from hpcutils.staging.manifest import read_manifest, write_manifest
 
 pytestmark = pytest.mark.mpi
 RANK = Path(__file__).with_name("staging_ranks.py")
@@ -104,6 +105,20 @@ def test_nodes_that_have_it_give_it_to_those_that_lack_it(tmp_path):
     assert said[0]["origin_bytes"] == 0
 
 
+def test_the_log_tells_of_the_last_node(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "x").write_bytes(os.urandom(3 << 20))
+    manifest = write_manifest(find_files([tmp_path / "source"]), tmp_path / "m.jsonl", 1 << 20)
+    spec = {"manifest": str(manifest.path), "source": str(tmp_path / "source")}
+    ranks(2, tmp_path, **spec)
+    shutil.rmtree(tmp_path / "node1")
+    # Rank 0, which writes the log, has all of it.
+    said = run(2, tmp_path, **spec).stderr
+    assert "m.jsonl: 3.0 of 3.0 MiB (100%)" in said
+    assert "2 of 2 nodes" in said
+    assert " 0.0 MiB/s" not in said
+
+
 def test_a_node_whose_copy_rotted_gives_none_of_it(tmp_path):
     source, manifest = make_set(tmp_path)
     spec = {"manifest": str(manifest), "source": str(source)}
@@ -116,7 +131,8 @@ def test_a_node_whose_copy_rotted_gives_none_of_it(tmp_path):
     os.utime(large, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     shutil.rmtree(tmp_path / "node1")
     said = ranks(2, tmp_path, **spec)
-    check(said[1:], source, tmp_path)
+    check(said, source, tmp_path)
+    # Read once more from the source; the rotten node gets it from the other one.
     assert said[0]["origin_bytes"] == SEGMENT
 
 
@@ -181,3 +197,27 @@ def test_a_node_that_is_lost_ends_the_job_and_the_next_one_goes_on(tmp_path, aft
     for marker in tmp_path.glob("node*/*/*/complete.jsonl"):
         assert marker.parent.name.startswith(".") or tree_of(marker.parent / "files") == tree_of(source)
     check(ranks(3, tmp_path, **spec), source, tmp_path)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("rank", [0, 2], ids=["the first node", "the last node"])
+def test_a_node_that_is_lost_at_the_publishing(tmp_path, rank, when):
+    source, manifest = make_set(tmp_path)
+    spec = {"manifest": str(manifest), "source": str(source)}
+    assert run(3, tmp_path, **spec, dies_at_publish=rank, when=when).returncode != 0
+    for marker in tmp_path.glob("node*/*/*/complete.jsonl"):
+        assert marker.parent.name.startswith(".") or tree_of(marker.parent / "files") == tree_of(source)
+    check(ranks(3, tmp_path, **spec), source, tmp_path)
+
+
+@pytest.mark.parametrize("step", ["the folder", "the sidecar", "opening", "the list", "the marker", "the name"])
+@pytest.mark.parametrize("rank", [0, 1], ids=["the first node", "the last node"])
+def test_a_full_disk_at_any_step_is_an_error_of_all(tmp_path, rank, step):
+    source, manifest = make_set(tmp_path)
+    spec = {"manifest": str(manifest), "source": str(source)}
+    said = ranks(2, tmp_path, **spec, full_at_step_on=rank, step=step)
+    assert {each["error"] for each in said} == {"DataError"}
+    assert all("No space left" in each["message"] for each in said)
+    for marker in tmp_path.glob("node*/*/*/complete.jsonl"):
+        assert marker.parent.name.startswith(".") or tree_of(marker.parent / "files") == tree_of(source)
+    check(ranks(2, tmp_path, **spec), source, tmp_path)

@@ -7,6 +7,7 @@ Python tells of what it is about to do (audit events); the steps that need room 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -17,7 +18,9 @@ from pathlib import Path
 import pytest
 from staging_samples import stage_set, tree_of
 
+from hpcutils import fs
 from hpcutils.errors import DataError
+from hpcutils.staging import store
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 STEPS = {"os.mkdir", "os.rename", "os.truncate", "os.link", "os.remove", "os.rmdir", "shutil.rmtree"}
@@ -93,6 +96,35 @@ def watched(folder: Path, at: int, happens: Callable[[], None], *, removals: boo
             DISK.folder = ""
 
 
+def full_under(patch: pytest.MonkeyPatch, what: str) -> None:
+    """Let every write(2) to a partial's `segments`, marker or list fail with ENOSPC: a link to `/dev/full` is in its place."""
+    if what == store.SEGMENTS:
+        begin = store.write_finished
+
+        def begun(folder: Path, *words: object) -> None:
+            begin(folder, *words)  # type: ignore[arg-type]
+            (folder / what).unlink()
+            (folder / what).symlink_to("/dev/full")
+
+        patch.setattr(store, "write_finished", begun)
+        return
+    beside, copy = fs.temporary_beside, shutil.copyfile
+
+    def temporary(target: Path, suffix: str = "") -> Path:
+        path = beside(target, suffix)
+        if target.name == what and target.parent.name.startswith("."):
+            path.symlink_to("/dev/full")
+        return path
+
+    def copied(source: Path, target: Path) -> None:
+        if target.name == what:
+            target.symlink_to("/dev/full")
+        copy(source, target)
+
+    patch.setattr(fs, "temporary_beside", temporary)
+    patch.setattr(shutil, "copyfile", copied)
+
+
 def begin_nothing(source: Path, manifest: Path, root: Path) -> None:
     pass
 
@@ -109,10 +141,18 @@ def begin_partial(source: Path, manifest: Path, root: Path) -> None:
 
 def begin_corrupt(source: Path, manifest: Path, root: Path) -> None:
     """Leave a complete dataset with a file that was written to."""
+    begin_pinned(source, manifest, root)
+    for pin in (root / "pins").iterdir():
+        pin.unlink()
+
+
+def begin_pinned(source: Path, manifest: Path, root: Path) -> None:
+    """Leave such a dataset with the pin of this process: for a child of it that of a job that runs."""
     (stage_set(manifest, source, root).files / "small" / "05.bin").write_bytes(b"changed")
 
 
 BEGINNINGS = {"nothing there": begin_nothing, "a partial": begin_partial, "a changed dataset": begin_corrupt}
+PINNED = {"a changed dataset that a job uses": begin_pinned}
 
 
 def published(root: Path) -> list[dict[str, bytes]]:

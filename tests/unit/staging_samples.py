@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from hpcutils.staging.find import find_files
 from hpcutils.staging.leaders import Leaders
-from hpcutils.staging.manifest import find_files, write_manifest
+from hpcutils.staging.manifest import write_manifest
+from hpcutils.staging.owner import is_alive, owner_in
 from hpcutils.staging.stage import Outcome, Settings, stage_manifest
 
 SEGMENT = 1 << 16
@@ -38,5 +40,15 @@ def stage_set(manifest: Path, source: Path | str, root: Path, **settings: object
 
 
 def left_in(root: Path) -> list[str]:
-    """Return what is hidden in a cache: partials, trash, temporaries."""
-    return sorted(str(path.relative_to(root)) for path in root.rglob(".*"))
+    """Return what killed runs left in a cache: partials, trash, temporaries, and their pins beside the last run's own."""
+    pins: dict[str, list[Path]] = {}
+    for pin in sorted(root.glob("pins/*"), key=lambda path: path.stat().st_mtime_ns):
+        # kind.key.owner
+        pins.setdefault(pin.name.rpartition(pin.name.split(".", 2)[2])[0], []).append(pin)
+    old = [pin for those in pins.values() for pin in those[:-1] if not _is_in_use(pin)]
+    return sorted(str(path.relative_to(root)) for path in [*root.rglob(".*"), *old])
+
+
+def _is_in_use(pin: Path) -> bool:
+    owner = owner_in(pin.name.split(".", 2)[2])
+    return owner is not None and is_alive(owner, pin.stat().st_mtime)

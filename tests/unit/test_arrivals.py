@@ -14,7 +14,8 @@ from staging_samples import SEGMENT, left_in
 from hpcutils.errors import DataError, IntegrityError, JobFailedError, SpecError
 from hpcutils.specs.job import Job, load_job
 from hpcutils.staging import cache, stage
-from hpcutils.staging.manifest import find_files, write_manifest
+from hpcutils.staging.find import find_files
+from hpcutils.staging.manifest import write_manifest
 from hpcutils.staging.origins import FolderOrigin, origin_of
 from hpcutils.train.arrivals import Arrivals
 from hpcutils.train.ranks import Ranks

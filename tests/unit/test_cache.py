@@ -1,6 +1,7 @@
 """The cache: who uses what, what goes first, what the command line says."""
 
 import getpass
+import hashlib
 import json
 import os
 import subprocess
@@ -12,16 +13,20 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from staging_samples import left_in, make_set, stage_set, tree_of
+from staging_samples import SEGMENT, left_in, make_set, stage_set, tree_of
 
 from hpcutils.cli.cache import cache as cache_commands
 from hpcutils.cli.stage import stage as stage_commands
-from hpcutils.errors import HpcutilsError
-from hpcutils.staging import cache, store
+from hpcutils.errors import DataError, HpcutilsError
+from hpcutils.staging import cache, private, store
 from hpcutils.staging.dataset import dataset_of_manifest
+from hpcutils.staging.find import find_files
 from hpcutils.staging.look import place_of
-from hpcutils.staging.manifest import find_files, read_manifest, write_manifest
+from hpcutils.staging.manifest import read_manifest, write_manifest
 from hpcutils.staging.owner import Owner, is_alive, owner_in, this_process
+from hpcutils.staging.private import open_root
+from hpcutils.staging.stage import Item
+from hpcutils.staging.stage import stage as stage_file
 from hpcutils.staging.store import MARKER, Place
 
 
@@ -56,6 +61,7 @@ def dead_owner() -> Owner:
 
 def test_where_the_cache_is(tmp_path, monkeypatch):
     own = f"hpcutils-{getpass.getuser()}/cache"
+    monkeypatch.setenv("HPCUTILS_SITE_CONFIG", "")
     for name in ("HPCUTILS_NODE_CACHE", "SLURM_TMPDIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(tempfile, "tempdir", "/some/tmp")
@@ -65,6 +71,13 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
     monkeypatch.setenv("HPCUTILS_NODE_CACHE", str(tmp_path))
     assert cache.cache_root() == tmp_path
     assert cache.cache_root(str(tmp_path / "new")) == tmp_path / "new"
+    monkeypatch.delenv("HPCUTILS_NODE_CACHE")
+    (tmp_path / "site.toml").write_text(f'[folders]\nnode_local = "{tmp_path}/$SOMEBODY"\n')
+    monkeypatch.setenv("SOMEBODY", "me")
+    monkeypatch.setenv("HPCUTILS_SITE_CONFIG", str(tmp_path / "site.toml"))
+    assert cache.cache_root() == tmp_path / "me"
+    monkeypatch.setenv("HPCUTILS_NODE_CACHE", str(tmp_path))
+    assert cache.cache_root() == tmp_path
     # A disk for all belongs to somebody else.
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     assert cache.cache_root() == tmp_path / own
@@ -154,6 +167,47 @@ def test_a_pin_that_comes_after_the_first_look_is_honoured(tmp_path, monkeypatch
     assert store.is_intact(place.entry)
 
 
+@pytest.mark.parametrize(
+    "folder, mode, said",
+    [
+        ("cache", 0o770, "can be changed by others"),
+        ("cache", 0o702, "can be changed by others"),
+        (".", 0o770, "can be changed by others"),
+        (".", 0o702, "can be changed by others"),
+        (".", 0o1777, None),
+        (".", 0o755, None),
+    ],
+)
+def test_a_cache_that_others_could_swap_is_refused(tmp_path, folder, mode, said):
+    root = tmp_path / "disk" / "cache"
+    root.mkdir(parents=True, mode=0o700)
+    (tmp_path / "disk" / folder).chmod(mode)
+    if said is None:
+        open_root(root)
+        return
+    with pytest.raises(DataError, match=said):
+        open_root(root)
+
+
+@pytest.mark.parametrize("how", ["a folder of theirs", "a link of theirs"])
+def test_a_folder_that_somebody_else_made_in_the_users_name_is_refused(tmp_path, monkeypatch, how):
+    (tmp_path / "tmp").mkdir(mode=0o1777)
+    own = tmp_path / "tmp" / "hpcutils-alice"
+    if how == "a folder of theirs":
+        own.mkdir(mode=0o1777)
+        own.chmod(0o1777)
+    else:
+        (tmp_path / "real").mkdir(mode=0o700)
+        own.symlink_to(tmp_path / "real")
+    honest = os.lstat(own)
+    (own / "cache").mkdir(mode=0o700)
+    # Alice made the cache; what it is in belongs to the machine's user 12345.
+    theirs = os.stat_result((honest.st_mode, *honest[1:4], 12345, *honest[5:10]))
+    monkeypatch.setattr(private, "_of_parent", lambda parent: theirs)
+    with pytest.raises(DataError, match="can be changed by others"):
+        open_root(own / "cache")
+
+
 def test_staging_and_evicting_at_once_never_leaves_half(tmp_path):
     source, manifest = make_set(tmp_path)
     root, wanted = tmp_path / "cache", tree_of(source)
@@ -204,13 +258,87 @@ def test_the_command_line(tmp_path):
     listed = hpcutils("cache", "list", "--cache", root)["datasets"]
     assert [(each["name"], len(each["pins"])) for each in listed] == [("old.jsonl", 0), ("new.jsonl", 1)]
     assert hpcutils("cache", "size", "--cache", root) | {"free_bytes": 0} == {
-        "datasets": 2, "size_bytes": 2000, "left": 0, "free_bytes": 0,
+        "datasets": 2, "size_bytes": 2000, "damaged": 0, "left": 0, "left_bytes": 0, "free_bytes": 0,
     }  # fmt: skip
     assert [each["wrong"] for each in hpcutils("cache", "verify", "--cache", root)["datasets"]] == [[], []]
     assert hpcutils("cache", "evict", "--all", "--cache", root) == {"removed": [old.key], "in_use": [new.key]}
     said = invoke("cache", "list", "--cache", root).output
     assert said.split()[:7] == [new.key[:12], "1000", "B", "1", "files", "used", "1970-01-01"]
     assert said.rstrip().endswith("new.jsonl  in use by 1")
+
+
+def left(folder: Path, name: str, root: Path, files: int = 3) -> Place:
+    """Leave the partial of a job that was killed: of `files` segments of 64 KiB."""
+    place = Place(root, "manifest", name * 64)
+    partial = root / "manifest" / f".{place.key}{store.PART}{dead_owner()}"
+    (partial / store.FILES).mkdir(parents=True)
+    store.write_finished(partial, SEGMENT, dict.fromkeys(range(files), "0" * 32))
+    (partial / store.FILES / "x").write_bytes(os.urandom(files * SEGMENT))
+    return place
+
+
+def test_what_a_killed_job_left_is_shown_and_counted(tmp_path):
+    root = tmp_path / "cache"
+    staged(tmp_path, "old", root, 1000)
+    place = left(tmp_path, "a", root)
+    begun = hpcutils("cache", "list", "--cache", root)["datasets"][-1]
+    assert (begun["key"], begun["state"], begun["size_bytes"]) == (place.key, "left", 3 * SEGMENT)
+    sizes = hpcutils("cache", "size", "--cache", root)
+    assert (sizes["datasets"], sizes["left"], sizes["left_bytes"]) == (1, 1, 3 * SEGMENT)
+    assert "left" in invoke("cache", "list", "--cache", root).output
+    assert hpcutils("cache", "evict", place.key[:9], "--cache", root) == {"removed": [place.key], "in_use": []}
+    assert left_in(root) == []
+
+
+def test_what_a_killed_job_left_goes_before_any_dataset(tmp_path):
+    root = tmp_path / "cache"
+    old = staged(tmp_path, "old", root, 1000)
+    left(tmp_path, "a", root)
+    source, manifest = make_set(tmp_path)
+    stage_set(manifest, source, root, quota_bytes=read_manifest(manifest).total.size_bytes + 1000)
+    assert left_in(root) == []
+    assert old.entry.exists()
+
+
+def test_what_a_running_job_is_at_counts_and_stays(tmp_path):
+    root = tmp_path / "cache"
+    place = left(tmp_path, "a", root)
+    (partial,) = store.hidden(root, "manifest")
+    partial.rename(partial.with_name(f".{place.key}{store.PART}{this_process()}"))
+    source, manifest = make_set(tmp_path)
+    size = read_manifest(manifest).total.size_bytes
+    with pytest.raises(DataError, match="no room"):
+        stage_set(manifest, source, root, quota_bytes=size + 1000)
+    assert hpcutils("cache", "evict", "--all", "--cache", root) == {"removed": [], "in_use": [place.key]}
+    stage_set(manifest, source, root, quota_bytes=size + 3 * SEGMENT)
+
+
+def test_a_dataset_whose_marker_is_empty_is_shown_and_can_go(tmp_path):
+    root = tmp_path / "cache"
+    place = staged(tmp_path, "old", root, 1000)
+    os.truncate(place.entry / MARKER, 0)
+    (shown,) = hpcutils("cache", "list", "--cache", root)["datasets"]
+    assert (shown["key"], shown["state"], shown["size_bytes"] > 0) == (place.key, "damaged", True)
+    assert hpcutils("cache", "size", "--cache", root)["damaged"] == 1
+    done = invoke("cache", "verify", "--cache", root)
+    assert isinstance(done.exception, HpcutilsError)
+    assert done.exception.exit_code == 6
+    assert hpcutils("cache", "evict", place.key, "--cache", root)["removed"] == [place.key]
+    assert not place.entry.exists()
+
+
+def test_a_dataset_that_goes_while_it_is_looked_at(tmp_path, monkeypatch):
+    place = staged(tmp_path, "old", tmp_path / "cache", 1000)
+    honest = store.read_head
+
+    def gone(entry: Path):
+        found = honest(entry)
+        cache.evict(place)
+        return found
+
+    monkeypatch.setattr(store, "read_head", gone)
+    assert [kept.name for kept in cache.kept_in(place.root)] == ["old.jsonl"]
+    assert cache.kept_in(place.root) == []
 
 
 @pytest.mark.parametrize(
@@ -257,3 +385,23 @@ def test_the_plan_of_a_job(tmp_path):
     )
     plans = hpcutils("stage", "plan", tmp_path / "train.yaml", "--cache", tmp_path / "cache")["plans"]
     assert [(plan["name"], plan["move_bytes"]) for plan in plans] == [("m.jsonl", 1000), ("other.h5", 500)]
+
+
+def test_the_plan_of_a_job_is_made_with_its_settings(tmp_path):
+    (tmp_path / "train.h5").write_bytes(body := os.urandom(1000))
+    (tmp_path / "model.py").write_text("def build(): ...\n")
+    item = Item("train.h5", str(tmp_path / "train.h5"), hashlib.sha256(body).hexdigest())
+    path = stage_file(item, tmp_path / "own").path
+    facts = path.stat()
+    path.write_bytes(bytes(1000))
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    staging = f"{{cache: {tmp_path}/own, quota_gb: 0.0000005, verify: true}}"
+    (tmp_path / "train.yaml").write_text(
+        f"name: x\ndata: {{files: [{{path: train.h5, sha256: {item.sha256}}}], x: 'train.h5:a', y: 'train.h5:b'}}\n"
+        f"model: {{function: model.py:build}}\ntraining: {{epochs: 1, batch_size: 1, loss: mse}}\nstaging: {staging}\n"
+    )
+    (plan,) = hpcutils("stage", "plan", tmp_path / "train.yaml")["plans"]
+    assert plan["target"] == str(path.parents[1])
+    assert (plan["state"], plan["lacking_bytes"]) == ("corrupt", 500)
+    (plan,) = hpcutils("stage", "plan", tmp_path / "train.yaml", "--cache", tmp_path / "other", "--quota-gb", 1)["plans"]
+    assert (plan["state"], plan["lacking_bytes"]) == ("missing", 0)

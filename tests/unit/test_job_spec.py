@@ -88,6 +88,13 @@ def test_digests_are_lower_case(folder):
     assert load(folder, text).data.files[0].sha256 == "ab" * 32
 
 
+@pytest.mark.parametrize("scheme", ["s3", "gs", "sftp", "ftp", "memory"])
+def test_urls_of_fsspec(folder, scheme):
+    text = GOOD.replace("path: data.h5", f"url: {scheme}://x/sets/data.h5\n      sha256: {'ab' * 32}")
+    file = load(folder, text).data.files[0]
+    assert (file.url, file.name) == (f"{scheme}://x/sets/data.h5", "data.h5")
+
+
 def test_missing_data_is_fine_when_the_job_makes_it(folder):
     (folder / "make.py").write_text("")
     text = GOOD.replace("data.h5", "later.h5").replace("  x: images", "  make: make.py\n  x: images")
@@ -100,7 +107,8 @@ def test_missing_data_is_fine_when_the_job_makes_it(folder):
         ("model.py:build", "gone.py:build", "8:13", "no such file: gone.py"),
         ("model.py:build", "model.build", "8:13", "'file.py:function' was expected"),
         ("batch_size: 8", "batch_size: 0", "11:15", "1 or more was expected, got 0"),
-        ("- path: data.h5", f"- url: ftp://x/data.h5\n      sha256: {'ab' * 32}", "4:12", "http, https or file URL was expected"),
+        ("- path: data.h5", f"- url: htps://x/data.h5\n      sha256: {'ab' * 32}", "4:12", "http, https or file URL was expected"),
+        ("- path: data.h5", "- url: s3://x/data.h5", "4:7", "a file by URL needs its 'sha256'"),
         ("- path: data.h5", "- url: https://x/data.h5", "4:7", "a file by URL needs its 'sha256'"),
         ("  x: images", "  x: other.h5:images", "5:6", "names no file of 'files'"),
         ("loss: mse", "loss: mse\n  optimizer: {learning_rate: 0.1}", "13:14", "needs its 'name'"),

@@ -4,13 +4,15 @@ import hashlib
 import json
 import os
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import xxhash
 from staging_samples import SEGMENT, make_files
 
 from hpcutils.errors import DataError, SpecError
-from hpcutils.staging.manifest import Entry, Found, find_files, read_manifest, write_manifest
+from hpcutils.staging.find import Found, find_files
+from hpcutils.staging.manifest import Entry, read_manifest, write_manifest
 from hpcutils.staging.segments import cut
 
 
@@ -45,6 +47,17 @@ def test_files_start_from_the_folder_that_holds_them(tmp_path):
     make_files(tmp_path)
     found = find_files([tmp_path / "large.h5", tmp_path / "small" / "deep"])
     assert [file.name for file in found] == ["large.h5", "small/deep/empty"]
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["the first", "in place of an older one"])
+def test_a_manifest_among_its_files_does_not_list_itself(tmp_path, monkeypatch, older):
+    source = make_files(tmp_path / "source")
+    wanted = [file.name for file in find_files([source])]
+    monkeypatch.chdir(source)
+    if older:
+        (source / "m.jsonl").write_text("older\n")
+    made = write_manifest(find_files([Path()]), Path("m.jsonl"), SEGMENT)
+    assert [entry.path for entry in made.entries()] == wanted
 
 
 def test_names_outside_of_unicode_survive(tmp_path):
@@ -120,6 +133,31 @@ def test_errors_name_the_line(tmp_path, line, old, new, said):
         list(read_manifest(tmp_path / "m").entries())
     assert said in caught.value.message
     assert str(tmp_path / "m") in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "names, line, said",
+    [
+        (["a", "a"], 3, "'a' is listed twice"),
+        (["b", "a", "c", "b"], 5, "'b' is listed twice"),
+        (["b", "a", "a"], 4, "'a' is listed twice"),
+        (["a", "a/b"], 3, "'a/b' lies below a file"),
+        (["a/b", "a.b", "a", "a.b"], 5, "'a.b' is listed twice"),
+    ],
+)
+def test_a_path_that_comes_twice_is_found_where_it_does(tmp_path, names, line, said):
+    body = "".join(Entry(name, 0, "0" * 64).line() for name in names)
+    head = json.dumps({"format": "hpcutils-manifest-1", "segment_bytes": SEGMENT}) + "\n"
+    (tmp_path / "m").write_text(head + body + json.dumps({"files": len(names), "size": 0, "tail": "b" * 32}) + "\n")
+    with pytest.raises(SpecError, match=f"m:{line}: path: {said}"):
+        list(read_manifest(tmp_path / "m").entries())
+
+
+@pytest.mark.parametrize("names", [["x", "x"], ["y", "x", "y"], ["y", "x", "x"]])
+def test_a_path_that_is_given_twice_is_refused(tmp_path, names):
+    (tmp_path / "x").write_bytes(b"x")
+    with pytest.raises(DataError, match="is listed twice"):
+        write_manifest([Found(name, tmp_path / "x") for name in names], tmp_path / "m")
 
 
 @pytest.mark.parametrize("lost", [1, 2, 3, 4])

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import h5py
@@ -50,6 +51,8 @@ class Node:
         return self.place.files / "x.h5"
 
     def land(self, *numbers: int) -> None:
+        before = self.landing.landed_bytes
+        landed = 0
         for segment in self.dataset.segments():
             if segment.number in numbers:
                 buffer = self.pool.take()
@@ -57,7 +60,10 @@ class Node:
                 buffer.memory[: segment.size_bytes] = self.body[piece.offset : piece.offset + piece.size_bytes]
                 self.landing.land(Load(segment, digest_of(buffer.memory[: segment.size_bytes]), buffer))
                 buffer.drop()
-        self.landing.wait()
+                landed += segment.size_bytes
+        while self.landing.landed_bytes < before + landed:
+            assert self.landing.error is None
+            time.sleep(0.0005)
 
     def publish(self) -> None:
         self.land(*range(self.dataset.segment_count))

@@ -2,10 +2,12 @@
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from servers import Site, answers, breaks_after, chunked, ignores_range, serving
+from staging_disk import begin_partial, published
 from staging_samples import SEGMENT, left_in, make_set, stage_set, tree_of
 
 from hpcutils.errors import DataError, IntegrityError, SpecError
@@ -15,6 +17,7 @@ from hpcutils.staging.dataset import dataset_of_manifest
 from hpcutils.staging.leaders import Leaders
 from hpcutils.staging.look import look, place_of
 from hpcutils.staging.manifest import read_manifest
+from hpcutils.staging.owner import owner_in
 from hpcutils.staging.stage import Item, Settings, stage, stage_item
 
 
@@ -87,6 +90,42 @@ def test_a_known_file_is_not_asked_for_again(tmp_path):
     stage(item, tmp_path / "cache")
     (tmp_path / "x").unlink()
     assert stage(item, tmp_path / "cache").path.read_bytes() == b"x"
+
+
+def test_pins_do_not_pile_up(tmp_path):
+    (tmp_path / "x").write_bytes(b"x")
+    item = Item("x", str(tmp_path / "x"), hashlib.sha256(b"x").hexdigest())
+    stage(item, tmp_path / "cache")
+    (pin,) = (tmp_path / "cache" / "pins").iterdir()
+    owner = owner_in(pin.name.split(".", 2)[2])
+    for number in range(5):
+        # Of jobs that ended: no process that runs started then.
+        pin.with_name(pin.name.replace(str(owner), str(replace(owner, start_ticks=number)))).touch()
+    assert stage(item, tmp_path / "cache").moved_bytes == 0
+    assert list((tmp_path / "cache" / "pins").iterdir()) == [pin]
+
+
+class Broken(Leaders):
+    """Leaders that are told to be two, and note what is done together."""
+
+    def __init__(self):
+        super().__init__()
+        self.errors = []
+
+    def raise_any(self, error):
+        self.errors.append(error)
+        super().raise_any(error)
+
+
+def test_a_dataset_that_goes_while_the_job_starts_is_an_error_of_all(tmp_path, monkeypatch):
+    source, manifest = make_set(tmp_path)
+    stage_set(manifest, source, tmp_path / "cache")
+    leaders = Broken()
+    monkeypatch.setattr(store, "read_head", lambda entry: None)
+    with pytest.raises(DataError, match="was removed while the job started"):
+        room.stage_manifest(manifest, str(source), Settings(tmp_path / "cache"), leaders)
+    # Each leader heard of it: nobody waits for the one that raised.
+    assert [type(error) for error in leaders.errors if error is not None] == [DataError]
 
 
 def test_the_wrong_sha256(tmp_path):
@@ -209,14 +248,36 @@ def test_a_flipped_bit_of_one_file_is_found_by_verify(tmp_path):
     assert (outcome.files / "x").read_bytes() == body
 
 
-def test_a_file_that_is_listed_twice_is_not_published(tmp_path):
+STRAYS = {
+    "a file": lambda files: (files / "small" / "stray").write_bytes(b"x"),
+    "a folder with a file": lambda files: (files / "other").mkdir() or (files / "other" / "stray").write_bytes(b"x"),
+    "a link": lambda files: (files / "stray").symlink_to("large.h5"),
+    "a pipe": lambda files: os.mkfifo(files / "stray"),
+    "a pipe in place of a file": lambda files: (files / "large.h5").unlink() or os.mkfifo(files / "large.h5"),
+    "a folder in place of a file": lambda files: (files / "large.h5").unlink() or (files / "large.h5").mkdir(),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("stray", STRAYS)
+def test_a_partial_that_holds_something_else_is_completed(tmp_path, stray):
+    source, manifest = make_set(tmp_path)
+    begin_partial(source, manifest, tmp_path / "cache")
+    (files,) = (tmp_path / "cache").glob("manifest/.*/files")
+    STRAYS[stray](files)
+    assert tree_of(stage_set(manifest, source, tmp_path / "cache").files) == tree_of(source)
+    assert left_in(tmp_path / "cache") == []
+
+
+def test_a_file_that_is_listed_twice_is_refused_before_anything_is_published(tmp_path):
     source, manifest = make_set(tmp_path)
     text = manifest.read_text().splitlines(keepends=True)
     line = next(number for number, each in enumerate(text) if '"small/deep/empty"' in each)
     text[-1] = text[-1].replace('"files": 14', '"files": 15')
     manifest.write_text("".join([*text[:line], text[line], *text[line:]]))
-    with pytest.raises(IntegrityError, match="14 files came of 15"):
+    with pytest.raises(SpecError, match=rf"set\.jsonl:{line + 2}: path: 'small/deep/empty' is listed twice"):
         stage_set(manifest, source, tmp_path / "cache")
+    assert published(tmp_path / "cache") == []
 
 
 def test_no_room(tmp_path):

@@ -1,11 +1,12 @@
 """The plan: pure values in, a pure value out, and what a person reads of it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hpcutils.errors import DataError
-from hpcutils.staging.plan import RESERVE_BYTES, Facts, Kept, describe, plan_stage
+from hpcutils.staging.plan import RESERVE_BYTES, RESERVE_FILES, Facts, Kept, describe, plan_stage
 
 GIB = 1 << 30
 OLD = Kept("manifest", "a" * 64, "old", 10, 3 * GIB, used_s=1.0, rate=100 * (1 << 20))
@@ -52,6 +53,32 @@ def test_the_quota_counts_what_is_kept():
     assert plan(facts, quota_bytes=26 * GIB - 1).evict == (OLD,)
     assert plan(facts, quota_bytes=22 * GIB).evict == (OLD, NEW)
     assert plan(facts, quota_bytes=18 * GIB).lacking_bytes == GIB
+
+
+def test_every_file_takes_blocks():
+    facts = Facts("missing", free_bytes=10 * GIB + RESERVE_BYTES + 1000 * 4096, block_bytes=4096)
+    assert plan(facts).lacking_bytes == 0
+    assert plan(replace(facts, free_bytes=facts.free_bytes - 1)).lacking_bytes == 1
+    # Of half the bytes, half the files.
+    half = replace(facts, state="partial", have=frozenset({0}), have_bytes=5 * GIB, free_bytes=5 * GIB + RESERVE_BYTES + 500 * 4096)
+    assert plan(half).lacking_bytes == 0
+
+
+def test_small_files_that_go_give_back_their_blocks():
+    small = Kept("manifest", "d" * 64, "small", 1 << 20, 1 << 20, used_s=0.0)
+    free = 6 * GIB + RESERVE_BYTES + 1000 * 4096
+    made = plan(Facts("missing", free_bytes=free, kept=(small, OLD, NEW), block_bytes=4096))
+    assert (made.evict, made.lacking_bytes) == ((small,), 0)
+
+
+def test_every_file_takes_an_inode():
+    facts = Facts("missing", free_bytes=100 * GIB, free_files=1000 + RESERVE_FILES, kept=(OLD,))
+    assert (plan(facts).lacking_files, plan(facts).evict) == (0, ())
+    made = plan(replace(facts, free_files=facts.free_files - 11))
+    assert (made.lacking_files, made.evict) == (1, (OLD,))
+    with pytest.raises(DataError, match="the disk has room for 1 file less than it takes"):
+        made.require_room()
+    assert "1 file too many" in describe(made)
 
 
 def test_time_is_reckoned_from_what_was_seen_here_or_said():
