@@ -65,11 +65,11 @@ class Cluster:
     def hpcutils(self, *words: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         return self.run("hpcutils", *words, cwd=cwd, check=check)
 
-    def job(self, name: str = "digits", **changes: str) -> Path:
-        """Give the user a copy of jobs/digits with lines of its train.yaml replaced; return its folder."""
+    def job(self, name: str = "digits", example: str = "digits", **changes: str) -> Path:
+        """Give the user a copy of an example with lines of its train.yaml replaced; return its folder."""
         folder = self.home / f"{name}-{len(list(self.home.iterdir()))}"
         folder.mkdir()
-        for file in (*(ROOT / "jobs" / "digits").glob("*.py"), ROOT / "jobs" / "digits" / "train.yaml"):
+        for file in (*(ROOT / "jobs" / example).glob("*.py"), ROOT / "jobs" / example / "train.yaml"):
             shutil.copy(file, folder)
         text = (folder / "train.yaml").read_text()
         for old, new in changes.items():

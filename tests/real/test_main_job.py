@@ -103,6 +103,33 @@ def test_folders_that_the_users_variables_name_are_seen_inside(cluster, image, v
     assert max(path.stat().st_size for path in cache.rglob("*") if path.is_file()) > 100 << 10
 
 
+def test_training_while_the_data_arrives_ends_with_the_same_weights(cluster, image):
+    """On two nodes whose caches are empty, gradients by Horovod and segments by the leaders' threads at one time."""
+    weights = {}
+    for stage in ("before", "overlap"):
+        folder = cluster.job(f"stage-{stage}", make=f"stage: {stage}\n  make: make_data.py")
+        words = ("hpcutils", "submit", "train.yaml", "--follow", "--json", "--nodes", "2", "--gpus", "4", "--epochs", "2")
+        done = cluster.run("env", f"HPCUTILS_NODE_CACHE=/tmp/{folder.name}", *words, cwd=folder)
+        run = Path(json.loads(done.stdout)["path"])
+        assert "digits.h5: 116.1 KiB on 2 of 2 nodes" in (run / "logs" / "current" / "rank-0.log").read_text()
+        (staging,) = json.loads((run / "provenance.json").read_text())["staging"]
+        assert ("read_through_bytes" in staging) == (stage == "overlap")
+        assert [line["coverage"] for line in lines(run)] == ["exact", "exact"]
+        weights[stage] = json.loads((run / "result.json").read_text())["weights_sha256"]
+    assert weights["before"] == weights["overlap"]
+
+
+def test_a_sequence_of_the_users_own_on_two_nodes(cluster, image):
+    """Batches by threads, and by processes that know nothing of Slurm and MPI: the same ones, so the same figures."""
+    losses = []
+    for processes in ("false", "true"):
+        folder = cluster.job(f"sequence-{processes}", "sequence", workers=f"workers: 1\n  use_processes: {processes}")
+        run, result = cluster.follow(folder, "--epochs", "2")
+        assert (result["nodes"], result["world_size"], result["coverage"]) == (2, 2, "exact")
+        losses.append([line["loss"] for line in lines(run)])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
 def test_dry_run_shows_the_script_that_is_submitted(cluster, image):
     folder = cluster.job()
     dry = cluster.hpcutils("submit", "train.yaml", "--dry-run", "--partition", "debug", cwd=folder).stdout
