@@ -6,6 +6,8 @@ that the user may read. They are refused unless the caller asked for them, befor
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import threading
 import weakref
@@ -15,12 +17,16 @@ from pathlib import Path
 from typing import TypeAlias
 
 import h5py
+from h5py._objects import phil
 
 from hpcutils.data.readers import Reader, Token, choose_reader
 from hpcutils.errors import DataError
 
 # Device, inode, time of change in nanoseconds, bytes: differs when the file at a path was replaced or written.
 Identity: TypeAlias = tuple[int, int, int, int]
+
+# What h5py does when it is not told, none, HDF5's strict locks, and those that pass over file systems without any.
+LOCKINGS: tuple[bool | str | None, ...] = (None, False, True, "best-effort")
 
 MAX_SOFT_LINKS = 32
 MAX_VIRTUAL_DEPTH = 8
@@ -82,7 +88,7 @@ def identity_of(path: str) -> Identity:
 
 
 def open_dataset(path: str, name: str, allow_external: bool) -> OpenDataset:
-    """Open dataset `name` of the file at `path`, read-only and without locks (shared file systems may lack them).
+    """Open dataset `name` of the file at `path`, read-only, and keep no lock on it (see `_open_file`).
 
     Raises:
         DataError: No such file or dataset, not HDF5, no rows, or data in other files without `allow_external`.
@@ -107,11 +113,42 @@ def open_dataset(path: str, name: str, allow_external: bool) -> OpenDataset:
 
 
 def _open_file(path: str) -> h5py.File:
-    try:
-        return h5py.File(path, "r", locking=False)
-    except OSError as exc:
-        reason = "is a folder" if Path(path).is_dir() else str(exc)
-        raise DataError(f"{path}: not a readable HDF5 file: {reason}", "an .h5 or .hdf5 file was expected") from exc
+    """Open the file beside whatever has it open in this process, and keep no lock.
+
+    HDF5 keeps one structure for a file that a process opens twice, and refuses the second handle unless it asks for the
+    same kind of locks. So the file is opened as h5py does by default, which every other plain `h5py.File` then fits, and
+    in the other ways where that is refused: by a handle that is already there, by a writer's lock, or by a file system
+    without locks. The lock itself is given back at once: a job may read for days, and need not keep writers out.
+    """
+    refusal: OSError | None = None
+    for locking in LOCKINGS:
+        try:
+            file = h5py.File(path, "r", locking=locking)
+        except OSError as exc:
+            refusal = refusal or exc
+            continue
+        _unlock(file)
+        return file
+    reason = "is a folder" if Path(path).is_dir() else str(refusal)
+    raise DataError(f"{path}: not a readable HDF5 file: {reason}", "an .h5 or .hdf5 file was expected") from refusal
+
+
+def _unlock(file: h5py.File) -> None:
+    """Give back the lock that opening took; one that another handle of this process holds stays."""
+    if file.driver != "sec2":
+        return
+    descriptor = file.id.get_vfd_handle()
+    with phil:
+        # By number: handles of one file are "equal".
+        handles = h5py.h5f.get_obj_ids(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE)
+        others = [other for other in handles if other.id != file.id.id]
+        if all(not _is_sec2(other) or other.get_vfd_handle() != descriptor for other in others):
+            with contextlib.suppress(OSError):  # there is none where the file system has none
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def _is_sec2(file: h5py.h5f.FileID) -> bool:
+    return bool(file.get_access_plist().get_driver() == h5py.h5fd.SEC2)
 
 
 def _find(file: h5py.File, name: str, allow_external: bool) -> h5py.Dataset:

@@ -368,3 +368,55 @@ def test_closed(tmp_path, options):
     assert np.array_equal(other[5], ARRAY[5]), "another matrix of the same file goes on"
     other.close()
     assert descriptors(path) == []
+
+
+# -- beside ordinary h5py handles -------------------------------------------------------------------------------------
+
+LOCKINGS = [None, False, True, "best-effort"]
+
+
+def in_another_process(code, path):
+    return subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("options", [SHUFFLED, {"chunks": (16, 6)}, {"chunks": None}], ids=["shuffled", "chunked", "contiguous"])
+@pytest.mark.parametrize("locking", LOCKINGS)
+def test_an_ordinary_handle_may_be_open_already(tmp_path, options, locking):
+    path = write(tmp_path / "file.h5", **options)
+    with h5py.File(path, "r", locking=locking) as file:
+        matrix = HDF5Matrix(path, "data", 10)
+        for key in (slice(3, 50), [5, 80, 5], 7):
+            assert np.array_equal(matrix[key], file["data"][10:][key])
+        matrix.close()
+        assert np.array_equal(file["data"][:], ARRAY), "ours closes only itself"
+    assert np.array_equal(HDF5Matrix(path, "data")[:], ARRAY)
+
+
+@pytest.mark.parametrize("options", [SHUFFLED, {"chunks": (16, 6)}, {"chunks": None}], ids=["shuffled", "chunked", "contiguous"])
+def test_an_ordinary_handle_may_be_opened_afterwards(tmp_path, options):
+    path = write(tmp_path / "file.h5", **options)
+    matrix = HDF5Matrix(path, "data", 10)
+    with h5py.File(path) as file, h5py.File(path, "r") as again:
+        assert np.array_equal(matrix[3:50], file["data"][13:60])
+        assert np.array_equal(matrix[[5, 80]], again["data"][[15, 90]])
+    assert np.array_equal(matrix[3:50], ARRAY[13:60]), "theirs closes only itself"
+
+
+def test_no_lock_is_kept_and_none_of_another_handle_is_lost(path):
+    """Another process may write while a matrix is open, and may not while an ordinary handle here holds its lock."""
+    code = "import h5py, sys; h5py.File(sys.argv[1], 'r+')['data'][0] = 7"
+    matrix = HDF5Matrix(path, "data")
+    assert in_another_process(code, path).returncode == 0
+    assert np.array_equal(matrix[0], np.full(6, 7))
+    matrix.close()
+    with h5py.File(path, "r", locking=True), HDF5Matrix(path, "data"):
+        assert "lock" in in_another_process(code, path).stderr
+
+
+def test_a_file_that_another_process_locks_is_read(path):
+    code = "import h5py, sys; f = h5py.File(sys.argv[1], 'r+'); print(); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        writer.stdout.readline()
+        with pytest.raises(OSError, match="lock"):
+            h5py.File(path, "r")
+        assert np.array_equal(HDF5Matrix(path, "data")[:], ARRAY)
