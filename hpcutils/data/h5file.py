@@ -32,19 +32,25 @@ MAX_SOFT_LINKS = 32
 MAX_VIRTUAL_DEPTH = 8
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class OpenDataset:
-    """A dataset of an open file, as one process sees it."""
+    """A dataset of an open file, as one process sees it; `is_shut` once `shut` closed it, maybe under a thread that reads."""
 
     file: h5py.File
     reader: Reader
     identity: Identity
     token: Token
     pid: int = field(default_factory=os.getpid)
+    is_shut: bool = False
 
     def is_current(self, path: str) -> bool:
         """Tell whether this process opened it and the file at `path` is still the same."""
-        return self.pid == os.getpid() and self.identity == identity_of(path)
+        return not self.is_shut and self.pid == os.getpid() and self.identity == identity_of(path)
+
+    def shut(self) -> None:
+        """Close the file. The flag comes first: a read that fails because of this finds it set."""
+        self.is_shut = True
+        self.file.close()
 
 
 class _Opened:
@@ -66,7 +72,7 @@ class _Opened:
         for handle in list(self.handles):
             rewritten = handle.identity[:2] == identity[:2] and handle.identity != identity
             if handle.pid != os.getpid() or rewritten:
-                handle.file.close()
+                handle.shut()
                 self.handles.discard(handle)
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -22,6 +22,7 @@ from hpcutils.data.keys import KeyPlan, Rows, plan_key
 from hpcutils.data.readers import Reader
 from hpcutils.errors import DataError
 
+T = TypeVar("T")
 Normalizer = Callable[[Any], Any]
 
 # A key that takes part of each row is answered in pieces of this size, so that `x[:, 0]` never holds all of `x`.
@@ -186,7 +187,7 @@ class HDF5Matrix:
         """
         if not 0 <= first <= first + len(out) <= len(self) or (out.shape[1:], out.dtype) != self._file_rows:
             raise IndexError(f"{len(out)} rows from {first} on into {out.shape} {out.dtype}: {self!r} has rows {self._file_rows}")
-        return self._reader().read_into(self.start + first, out)
+        return self._read(lambda reader: reader.read_into(self.start + first, out))
 
     @property
     def __array__(self) -> Callable[..., NDArray[Any]]:
@@ -207,7 +208,7 @@ class HDF5Matrix:
         handle, self._handle = self._handle, None
         if handle is not None and handle.pid == os.getpid():
             with OPENED.lock:
-                handle.file.close()
+                handle.shut()
             CACHE.drop(handle.token)
 
     def __enter__(self) -> HDF5Matrix:
@@ -258,10 +259,23 @@ class HDF5Matrix:
         if handle is None or not handle.is_current(self.datapath):
             handle = open_dataset(self.datapath, self.dataset, self.allow_external)
             self._handle = handle
+            if self._closed:  # by another thread, which may not have seen this handle
+                self.close()
+                return self._open()
         return handle
 
-    def _reader(self) -> Reader:
-        reader = self._open().reader
+    def _read(self, call: Callable[[Reader], T]) -> T:
+        """Return `call(reader)`; anew when another thread closed the file under it, because it changed or by `close()`."""
+        while True:
+            handle = self._open()
+            try:
+                return call(self._checked(handle.reader))
+            except DataError:
+                if not handle.is_shut:
+                    raise
+
+    def _checked(self, reader: Reader) -> Reader:
+        """Return `reader` if it still has the rows that this matrix stands for."""
         if (reader.shape[1:], reader.dtype) != self._file_rows or reader.shape[0] < self.end:
             shape, dtype = self._file_rows
             raise DataError(
@@ -279,7 +293,7 @@ class HDF5Matrix:
             shifted: Rows = range(rows.start + self.start, rows.stop + self.start, rows.step)
         else:
             shifted = rows + self.start
-        return self._normalized(self._reader().read(shifted), len(rows))
+        return self._normalized(self._read(lambda reader: reader.read(shifted)), len(rows))
 
     def _fetch_pieces(self, plan: KeyPlan, shape: tuple[int, ...], axis: int) -> NDArray[Any]:
         """Answer a key whose rows lie along `axis`, some rows at a time."""

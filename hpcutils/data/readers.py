@@ -44,6 +44,8 @@ Token: TypeAlias = tuple[int | str, ...]
 PIECE_BYTES = 1 << 20
 # A gap that is cheaper to read along than to start another read: one page.
 GAP_BYTES = 4096
+# What h5py raises when HDF5 cannot read; ValueError when another thread closed the file.
+READ_ERRORS = (OSError, RuntimeError, ValueError)
 # Of a chunk larger than this only the wanted rows are read: eight such chunks fill the smallest cache.
 HELD_BYTES = CACHE_LEAST_BYTES // 8
 
@@ -95,6 +97,7 @@ class ChunkReader:
         self.shape, self.dtype = dataset.shape, dataset.dtype
         self.block_rows = dataset.chunks[0]
         self._dataset, self._pipeline, self._token = dataset, pipeline, token
+        self._name = name_of(dataset)
         self._chunks: tuple[int, ...] = dataset.chunks
         self._size_bytes = int(np.prod(self._chunks, dtype=np.int64)) * self.dtype.itemsize
         self._library = LibraryReader(dataset, token)
@@ -148,10 +151,10 @@ class ChunkReader:
         try:
             with phil:  # h5py before 3.16 forgets its own lock here (h5py#2764): two threads crash the process
                 mask, stored = self._dataset.id.read_direct_chunk(start)
-        except (OSError, RuntimeError):
+        except READ_ERRORS:
             # A chunk that was never written has no bytes to give; HDF5 itself makes up its fill values, or explains.
             return None
-        with _at(self._dataset, start):
+        with _at(self._name, start):
             return undo_filters(stored, self._pipeline, mask, self._size_bytes)
 
     def _copy(self, chunk: Inflated | None, job: Job) -> None:
@@ -168,7 +171,7 @@ class ChunkReader:
         else:
             first_row = group.chunk * self.block_rows
             last_row = min(first_row + self.block_rows, self.shape[0])
-            rows = library_read(self._dataset, (slice(first_row, last_row), *cells))[group.local]
+            rows = library_read(self._dataset, (slice(first_row, last_row), *cells), self._name)[group.local]
         out[(group.place, *cells)] = rows
 
     def _start(self, job: Job) -> tuple[int, ...]:
@@ -184,6 +187,7 @@ class ContiguousReader:
         self._row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
         self.block_rows = max(1, PIECE_BYTES // max(self._row_bytes, 1))
         self._dataset, self._offset_bytes = dataset, offset_bytes
+        self._name = name_of(dataset)
         # A descriptor of our own: the file may be closed, and its number given to another file, while a thread reads.
         self._descriptor = os.dup(descriptor)
         weakref.finalize(self, os.close, self._descriptor)
@@ -191,7 +195,7 @@ class ContiguousReader:
     def read(self, rows: Rows) -> NDArray[Any]:
         """Return the rows: one read for a slice, one for each run of neighbours otherwise."""
         if isinstance(rows, range) and rows.step == 1:
-            return library_read(self._dataset, slice(rows.start, rows.stop))
+            return library_read(self._dataset, slice(rows.start, rows.stop), self._name)
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
         if out.size == 0:
             return out
@@ -223,7 +227,7 @@ class ContiguousReader:
         while view:
             got = os.preadv(self._descriptor, [view], place)
             if got == 0:
-                raise DataError(f"{_name(self._dataset)}: the file ends before row {first_row}", "it was cut short: copy it again")
+                raise DataError(f"{self._name}: the file ends before row {first_row}", "it was cut short: copy it again")
             view, place = view[got:], place + got
 
 
@@ -231,7 +235,8 @@ class LibraryReader:
     """Reads any dataset through h5py, whole chunks at a time where rows are scattered."""
 
     def __init__(self, dataset: h5py.Dataset, token: Token) -> None:
-        empty = library_read(dataset, slice(0, 0))
+        self._name = name_of(dataset)
+        empty = library_read(dataset, slice(0, 0), self._name)
         # Array types put their axes behind the dataset's own: only a read tells.
         self.shape, self.dtype = (dataset.shape[0], *empty.shape[1:]), empty.dtype
         self._dataset, self._token = dataset, token
@@ -242,7 +247,7 @@ class LibraryReader:
     def read(self, rows: Rows) -> NDArray[Any]:
         """Return the rows; for scattered ones each chunk is read once, unless it is too large to hold."""
         if isinstance(rows, range) and rows.step == 1:
-            return library_read(self._dataset, slice(rows.start, rows.stop))
+            return library_read(self._dataset, slice(rows.start, rows.stop), self._name)
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
         for group in group_rows(rows, self.block_rows):
             self._place(out, group)
@@ -250,7 +255,7 @@ class LibraryReader:
 
     def read_into(self, first: int, out: NDArray[Any]) -> int:
         """Fill `out` from row `first` on; return the chunks that this touched."""
-        out[...] = library_read(self._dataset, slice(first, first + len(out)))
+        out[...] = library_read(self._dataset, slice(first, first + len(out)), self._name)
         return (first + len(out) - 1) // self.block_rows - first // self.block_rows + 1 if len(out) else 0
 
     def _place(self, out: NDArray[Any], group: Group) -> None:
@@ -261,7 +266,7 @@ class LibraryReader:
             return
         block = CACHE.get((self._token, first))
         if block is None:
-            block = library_read(self._dataset, slice(first, stop))
+            block = library_read(self._dataset, slice(first, stop), self._name)
             if self._keeps:
                 CACHE.put((self._token, first), block, block.nbytes)
         out[group.place] = block[group.local]
@@ -273,27 +278,28 @@ class LibraryReader:
         max_rows = max(1, HELD_BYTES // self._row_bytes)
         for low, high in split_runs(local, 0, max_rows):
             start, stop = int(local[low]), int(local[high - 1]) + 1
-            block = library_read(self._dataset, slice(first + start, first + stop))
+            block = library_read(self._dataset, slice(first + start, first + stop), self._name)
             out[places[low:high]] = block[local[low:high] - start]
 
 
-def library_read(dataset: h5py.Dataset, key: Any) -> NDArray[Any]:
-    """Return `dataset[key]`, with HDF5's complaint as a `DataError`."""
+def library_read(dataset: h5py.Dataset, key: Any, name: str) -> NDArray[Any]:
+    """Return `dataset[key]`, with HDF5's complaint as a `DataError` that begins with `name`."""
     try:
         with phil:  # strings of variable length crash without it when two threads read (h5py#2920)
             return np.asarray(dataset[key])
-    except (OSError, RuntimeError) as exc:
-        raise DataError(f"{_name(dataset)}: cannot be read: {exc}", "the file is damaged, or a filter is missing") from exc
+    except READ_ERRORS as exc:
+        raise DataError(f"{name}: cannot be read: {exc}", "the file is damaged, or a filter is missing") from exc
 
 
 @contextlib.contextmanager
-def _at(dataset: h5py.Dataset, start: tuple[int, ...]) -> Iterator[None]:
+def _at(name: str, start: tuple[int, ...]) -> Iterator[None]:
     """Say where in which file a damaged chunk is."""
     try:
         yield
     except DataError as exc:
-        raise DataError(f"{_name(dataset)}, chunk at {start}: {exc.message}", "copy the file again, or write it anew") from exc
+        raise DataError(f"{name}, chunk at {start}: {exc.message}", "copy the file again, or write it anew") from exc
 
 
-def _name(dataset: h5py.Dataset) -> str:
+def name_of(dataset: h5py.Dataset) -> str:
+    """Return what errors call the dataset. Asked while it is open: another thread may close it under a read."""
     return f"{dataset.file.filename}, dataset {dataset.name}"

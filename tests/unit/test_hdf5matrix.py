@@ -420,3 +420,63 @@ def test_a_file_that_another_process_locks_is_read(path):
         with pytest.raises(OSError, match="lock"):
             h5py.File(path, "r")
         assert np.array_equal(HDF5Matrix(path, "data")[:], ARRAY)
+
+
+# -- the file changes, or is closed, while threads read ---------------------------------------------------------------
+
+
+def read_while(change, matrices, keys):
+    """Call `change` again and again while threads read; return what went wrong."""
+    stop, wrong = threading.Event(), []
+
+    def read(matrix, key):
+        while not stop.is_set():
+            CACHE.renew()
+            try:
+                if not np.array_equal(matrix[key], ARRAY[key]):
+                    wrong.append("other rows")
+            except Exception as exc:  # noqa: BLE001 - the test says which are right
+                wrong.append(f"{type(exc).__name__}: {exc}")
+
+    with ThreadPoolExecutor(len(matrices) * len(keys)) as pool:
+        running = [pool.submit(read, matrix, key) for matrix in matrices for key in keys]
+        for number in range(150):
+            change(number)
+        stop.set()
+    assert all(each.done() for each in running)
+    return wrong
+
+
+@pytest.mark.parametrize(
+    "options", [SHUFFLED, {"compression": "lzf", "chunks": (16, 6)}, {"chunks": (7, 2)}, {"chunks": None}], ids=str
+)
+def test_threads_read_on_when_the_file_changes(tmp_path, options):
+    path = write(tmp_path / "file.h5", **options)
+    matrices = [HDF5Matrix(path, "data") for _ in range(2)]
+    # Another time: the handles are closed and opened anew, as after a write.
+    wrong = read_while(
+        lambda number: (os.utime(path, (number, number)), matrices[number % 2][0]), matrices, [slice(3, 60), [5, 90]]
+    )
+    assert wrong == []
+
+
+@pytest.mark.parametrize("options", [SHUFFLED, {"compression": "lzf", "chunks": (16, 6)}, {"chunks": None}], ids=str)
+def test_a_read_that_close_interrupts_says_so(tmp_path, options):
+    path = write(tmp_path / "file.h5", **options)
+    for _ in range(30):
+        matrix = HDF5Matrix(path, "data")
+        wrong = read_while(
+            lambda number, matrix=matrix: matrix.close() if number == 100 else matrix.shape, [matrix], [slice(3, 60)]
+        )
+        assert all(each.startswith("DataError: ") and "is closed" in each for each in wrong)
+    assert descriptors(path) == []
+
+
+@pytest.mark.parametrize("options", [SHUFFLED, {"compression": "lzf", "chunks": (16, 6)}], ids=str)
+def test_an_error_names_the_dataset_also_when_it_is_closed(tmp_path, options):
+    handle = HDF5Matrix(write(tmp_path / "file.h5", **options), "data")._open()
+    handle.file.close()
+    with pytest.raises(DataError, match=r"file\.h5, dataset /data: cannot be read"):
+        handle.reader.read(range(16, 40))
+    with pytest.raises(DataError, match=r"file\.h5, dataset /data: cannot be read"):
+        handle.reader.read(np.array([3, 1]))
