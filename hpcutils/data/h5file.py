@@ -22,8 +22,10 @@ from h5py._objects import phil
 from hpcutils.data.readers import Reader, Token, choose_reader
 from hpcutils.errors import DataError
 
-# Device, inode, time of change in nanoseconds, bytes: differs when the file at a path was replaced or written.
-Identity: TypeAlias = tuple[int, int, int, int]
+# Device, inode, bytes, times of change of the data and of the inode (ns): differs when the file at a path was replaced or
+# written. Tools that copy times can restore the former, not the latter; a new link or other rights change it, too, and cost
+# one opening.
+Identity: TypeAlias = tuple[int, int, int, int, int]
 
 # What h5py does when it is not told, none, HDF5's strict locks, and those that pass over file systems without any.
 LOCKINGS: tuple[bool | str | None, ...] = (None, False, True, "best-effort")
@@ -81,7 +83,7 @@ os.register_at_fork(after_in_child=OPENED.renew)
 
 
 def identity_of(path: str) -> Identity:
-    """Return what changes when the file at `path` is replaced or written: device, inode, time of change (ns), bytes.
+    """Return what changes when the file at `path` is replaced or written.
 
     Raises:
         DataError: There is no such file, or it may not be looked at.
@@ -90,7 +92,7 @@ def identity_of(path: str) -> Identity:
         status = os.stat(path)  # noqa: PTH116 - asked once a batch
     except OSError as exc:
         raise DataError(f"{path}: {exc.strerror}", "check the path, and that the data was staged to this node") from exc
-    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def open_dataset(path: str, name: str, allow_external: bool) -> OpenDataset:
