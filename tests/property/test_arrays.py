@@ -1,5 +1,7 @@
 """to_categorical and normalize against plain numpy."""
 
+import warnings
+
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
@@ -128,11 +130,49 @@ def test_what_cannot_be_normalized():
         ([], None, "give num_classes"),
         ([1], -1, "num_classes is a count"),
         (np.array([2**64 - 1], np.uint64), 10, "label 18446744073709551615 at index 0"),
+        ([3, -1, -2], None, r"labels are not negative, got label -1 at index 1$"),
+        ([0], 0, r"num_classes is 0, so there is no label, got label 0 at index 0"),
+        (np.array([0, 2**64 - 1], np.uint64), None, "label 18446744073709551615 at index 1 asks for 18446744073709551616 classes"),
+        ([[0, 2], [2**63 - 1, 1]], None, r"label 9223372036854775807 at index \(1, 0\) asks for"),
+        (None, None, r"labels are whole numbers, got None \(NoneType\)$"),
+        ([1, None], None, r"got None \(NoneType\) at index 1$"),
+        ([[0, 1], [2, None]], 3, r"got None \(NoneType\) at index \(1, 1\)$"),
+        ({1, 2}, None, r"got \{1, 2\} \(set\): make a list of it"),
+        ((i for i in range(3)), 3, r"\(generator\): make a list of it"),
+        (np.array([1, 1.5, "x"], object), 3, r"got 1.5 \(float\) at index 1$"),
+        (np.array([1, "x"], object), 3, r"got 'x' \(str\) at index 1$"),
+        (np.array([0, 2**70], object), 3, f"label {2**70} at index 1"),
+        (np.array([0, 2**70], object), None, f"label {2**70} at index 1 asks for"),
+        (np.array([0, -1], object), None, "label -1 at index 1"),
+        (np.array([0, float("nan")], object), 3, r"got nan \(float\) at index 1"),
+        (np.array([0, np.inf], "f2"), None, "label inf at index 1"),
+        (np.array([0, 1.5], "f2"), None, "label 1.5 at index 1"),
+        (np.array([(1, 2)], "i4,i4"), None, "labels are whole numbers"),
     ],
+    ids=lambda value: str(value)[:30].split(" at 0x")[0],
 )
 def test_labels_that_are_none(labels, classes, said):
-    with pytest.raises(ValueError, match=said):
-        to_categorical(labels, classes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=said):
+            to_categorical(labels, classes)
+
+
+@pytest.mark.parametrize(
+    "labels", [[1, 0, 2], np.array([[1], [0], [2]]), [True, np.int8(0), 2.0], [np.float16(1), False, np.uint64(2)]], ids=str
+)
+def test_objects_that_are_whole_numbers(labels):
+    labels = np.array(labels, object)
+    assert np.array_equal(to_categorical(labels), to_categorical([1, 0, 2]))
+    assert to_categorical(labels, 4).shape == (3, 4)
+    assert to_categorical(np.array([], object), 3).shape == (0, 3)
+
+
+def test_labels_of_float16_do_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(to_categorical(np.array([1, 0, 2], "f2")), to_categorical([1, 0, 2]))
+        assert to_categorical(np.array([2048], "f2")).shape == (1, 2049)
 
 
 def test_many_classes_and_the_example_of_the_page():
