@@ -6,6 +6,7 @@ written to memory once.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Iterable
@@ -56,8 +57,8 @@ def normalize(x: ArrayLike, axis: SupportsIndex = -1, order: float = 2) -> NDArr
     of norm zero is divided by one, so it stays zero.
 
     Args:
-        x: Numbers, at least 1-D. Integers and booleans become float64; float16, float32, float64 and complex types
-            stay what they are.
+        x: Numbers, at least 1-D. Integers and booleans become float64; float16, bfloat16, float32, float64 and complex
+            types stay what they are. Sums of powers may leave the range of the type: the norm need not.
         axis: The axis along which the vectors lie.
         order: Order of the norm, as in `numpy.linalg.norm`: 2, 1, `np.inf`, 0, or another number.
 
@@ -69,7 +70,7 @@ def normalize(x: ArrayLike, axis: SupportsIndex = -1, order: float = 2) -> NDArr
         ValueError: `x` does not hold numbers.
     """
     array = np.asarray(x)
-    if array.dtype.kind not in "biufc":
+    if array.dtype.kind not in "biufc" and array.dtype.name != "bfloat16":
         raise ValueError(f"normalize takes numbers, got an array of type {array.dtype}")
     if array.dtype.kind in "biu":
         array = array.astype(np.float64)
@@ -82,14 +83,58 @@ def normalize(x: ArrayLike, axis: SupportsIndex = -1, order: float = 2) -> NDArr
     step = max(1, BLOCK_ITEMS // (vectors.shape[1] * vectors.shape[2]))
     for start in range(0, len(vectors), step):
         block = vectors[start : start + step]
-        np.divide(block, _norms(block, order), out=out[start : start + step])
+        if block.dtype.itemsize == 2:
+            block = block.astype(np.float32)  # squares of float16 overflow from 256 on; bfloat16 is coarse
+        _divide(block, order, out[start : start + step])
     return out.reshape(array.shape)
 
 
+def _divide(block: NDArray[Any], order: float, out: NDArray[Any]) -> None:
+    """Fill `out` with the vectors along axis 1 of `block`, `(rows, length, inner)`, divided by their norms."""
+    with np.errstate(over="ignore", under="ignore"):
+        norms = _norms(block, order)
+    low, high = _trusted(norms.dtype, order)
+    doubtful = not (low <= norms.min() and norms.max() <= high)
+    lost = ~((norms >= low) & (norms <= high)) if doubtful else None
+    if doubtful:
+        norms[norms == 0] = 1
+    # The type of `out` is the one that was given: float32 goes into float16 again.
+    np.divide(block, norms, out=out, casting="unsafe")
+    if lost is not None:
+        _divide_scaled(block, lost[:, 0, :], order, out)
+
+
+@functools.cache
+def _trusted(dtype: np.dtype[Any], order: float) -> tuple[float, float]:
+    """Return the least and the largest norm that is right as computed; outside, sums of powers left the range of the type."""
+    limits = np.finfo(dtype)
+    low, high = max(float(limits.smallest_subnormal), 5e-324), float(limits.max)
+    if order == 0 or math.isinf(order):
+        return low, high  # no sums of powers
+    with np.errstate(all="ignore"):
+        # A smaller sum has lost digits of its terms, which lie below the smallest normal number.
+        bound = float(np.power(np.float64(limits.tiny / limits.eps), 1 / order))
+    return (max(low, bound), high) if order > 0 else (low, min(high, bound))
+
+
+def _divide_scaled(block: NDArray[Any], lost: NDArray[np.bool_], order: float, out: NDArray[Any]) -> None:
+    """Divide the vectors that `lost`, `(rows, inner)`, names once more, each scaled so that its norm is near one."""
+    vectors = np.moveaxis(block, 1, 2)[lost]  # (lost vectors, length)
+    vectors = vectors.astype(vectors.dtype.newbyteorder("="))
+    sizes = np.abs(vectors)
+    scales = sizes.max(axis=1) if order > 0 else sizes.min(axis=1)
+    # The norm of the others is right: zero, infinite, or no number.
+    right = np.isfinite(scales) & (scales > 0)
+    with np.errstate(over="ignore", under="ignore"):
+        # As pairs of real numbers: numpy's complex division fails for the smallest divisors.
+        scaled = (vectors[right].view(scales.dtype) / scales[right, None]).view(vectors.dtype)
+        scaled /= np.linalg.norm(scaled, ord=order, axis=1, keepdims=True)
+    rows, columns = (places[right] for places in lost.nonzero())
+    out[rows, :, columns] = scaled
+
+
 def _norms(block: NDArray[Any], order: float) -> NDArray[Any]:
-    """Return the norms along axis 1, `(rows, 1, inner)`, with ones for zeros."""
-    if block.dtype.itemsize == 2:
-        block = block.astype(np.float32)  # squares of float16 overflow from 256 on
+    """Return the norms along axis 1, `(rows, 1, inner)`."""
     if order == 2 and block.dtype.kind == "f":
         sums = np.zeros((block.shape[0], block.shape[2]), block.dtype.newbyteorder("="))
         # Long vectors in parts: they stay in cache, and float32 sums of sums are more exact than one long sum.
@@ -100,7 +145,6 @@ def _norms(block: NDArray[Any], order: float) -> NDArray[Any]:
         norms = np.sqrt(sums)[:, None, :]
     else:
         norms = np.linalg.norm(block, ord=order, axis=1, keepdims=True)
-    norms[norms == 0] = 1
     return cast(NDArray[Any], norms)
 
 

@@ -3,6 +3,7 @@
 import warnings
 
 import hypothesis.extra.numpy as hnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -104,6 +105,64 @@ def test_nothing_and_zeros_stay_what_they_are(x):
 def test_norms_of_float16_do_not_overflow():
     for order in (1, 2):
         assert np.allclose(normalize(np.full(1000, 100, "f2"), order=order), 1000 ** (-1 / order), rtol=2e-3)
+
+
+@TRIED
+@given(
+    x=st.sampled_from([("f4", 32), ("f8", 64)]).flatmap(
+        lambda kind: hnp.arrays(
+            kind[0],
+            hnp.array_shapes(max_dims=2, max_side=5),
+            elements=st.floats(width=kind[1], allow_nan=False, allow_infinity=False),
+        )
+    ),
+    axis=st.sampled_from([0, -1]),
+    order=st.sampled_from([1, 2, 3, 0.5, np.inf, 0, -np.inf, -1]),
+    exponent=st.none() | st.integers(-44, 38),
+)
+def test_normalize_keeps_the_whole_range(x, axis, order, exponent):
+    """The oracle has a wider exponent (float64 for float32, x86's long double for float64) and scales nothing."""
+    with np.errstate(all="ignore"):
+        if exponent is not None:  # a vector of one magnitude, which is where all terms are lost together
+            x = (np.sign(x) * 10.0**exponent * (1 + np.abs(x) % 7)).astype(x.dtype)
+            x[~np.isfinite(x)] = 0
+        wide = x.astype("f8" if x.dtype == "f4" else np.longdouble)
+        expected = oracle(wide, axis, order)
+        expected[~np.isfinite(expected) & (order < 0)] = np.inf
+        result = normalize(x, axis, order)
+        info = np.finfo(x.dtype)
+        # Quotients past the range (order < 0) are infinite.
+        got, wanted = np.abs(result), np.abs(expected.astype(x.dtype))
+        np.testing.assert_allclose(got, wanted, rtol=30 * info.eps, atol=2 * info.smallest_subnormal)
+    assert result.dtype == x.dtype
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8", "c8", ">f4"])
+def test_huge_and_tiny_vectors_have_unit_length(dtype):
+    top = float(np.finfo(dtype).max)
+    for size in (3e20, 3e-25, 1e-40, top / 5, 1e-44):
+        vectors = np.array([[3, 4], [0, 0], [0, 1], [4, 3]], dtype) * np.array(size, dtype)
+        result = np.abs(normalize(vectors))
+        rounding = 0.2 if size == 1e-44 and top < 1e100 else 1e-5  # 1e-44 is 7 times the smallest float32
+        np.testing.assert_allclose(result, [[0.6, 0.8], [0, 0], [0, 1], [0.8, 0.6]], rtol=rounding)
+    np.testing.assert_allclose(normalize(np.full(4, top, dtype)), np.full(4, 0.5), rtol=1e-5)
+    np.testing.assert_allclose(normalize(np.full(4, top, dtype), order=1), np.full(4, 0.25), rtol=1e-5)
+    np.testing.assert_allclose(normalize(np.full(4, top, dtype), order=0.5), np.full(4, 1 / 16), rtol=1e-5)
+
+
+def test_infinite_vectors_are_what_numpy_says():
+    with np.errstate(invalid="ignore"):
+        assert str(normalize(np.array([[np.inf, 1], [np.nan, 1], [3e30, 4e30]], "f4")).tolist()).startswith(
+            "[[nan, 0.0], [nan, nan]"
+        )
+
+
+def test_bfloat16_stays_bfloat16():
+    x = np.array([[3, 4], [0, 0], [3e20, 4e20]], ml_dtypes.bfloat16)
+    for order in (2, 3):
+        result = normalize(x, order=order)
+        assert result.dtype == ml_dtypes.bfloat16
+        np.testing.assert_allclose(result.astype("f4"), normalize(x.astype("f4"), order=order), rtol=1e-2)
 
 
 def test_what_cannot_be_normalized():
