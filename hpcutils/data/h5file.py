@@ -12,7 +12,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -42,12 +42,22 @@ class OpenDataset:
     reader: Reader
     identity: Identity
     token: Token
-    pid: int = field(default_factory=os.getpid)
+    process: object
     is_shut: bool = False
 
+    def is_ours(self) -> bool:
+        """Tell whether this process opened it, and not one that it was forked from."""
+        return self.process is OPENED.process
+
     def is_current(self, path: str) -> bool:
-        """Tell whether this process opened it and the file at `path` is still the same."""
-        return not self.is_shut and self.pid == os.getpid() and self.identity == identity_of(path)
+        """Tell whether this process opened it and the file at `path` is still the same: 2 us, most of it for `stat`."""
+        if self.is_shut or self.process is not OPENED.process:
+            return False
+        try:
+            status = os.stat(path)  # noqa: PTH116 - asked for each request
+        except OSError:
+            return False  # opening says why
+        return self.identity == _identity(status)
 
     def shut(self) -> None:
         """Close the file. The flag comes first: a read that fails because of this finds it set."""
@@ -64,6 +74,7 @@ class _Opened:
 
     def renew(self) -> None:
         self.lock = threading.RLock()
+        self.process = object()  # another one in a forked child: cheaper to compare than process numbers
 
     def close_stale(self, identity: Identity) -> None:
         """Close what was inherited from a parent process, or belongs to an older state of the same file.
@@ -73,7 +84,7 @@ class _Opened:
         """
         for handle in list(self.handles):
             rewritten = handle.identity[:2] == identity[:2] and handle.identity != identity
-            if handle.pid != os.getpid() or rewritten:
+            if not handle.is_ours() or rewritten:
                 handle.shut()
                 self.handles.discard(handle)
 
@@ -89,9 +100,12 @@ def identity_of(path: str) -> Identity:
         DataError: There is no such file, or it may not be looked at.
     """
     try:
-        status = os.stat(path)  # noqa: PTH116 - asked once a batch
+        return _identity(os.stat(path))  # noqa: PTH116 - as above
     except OSError as exc:
         raise DataError(f"{path}: {exc.strerror}", "check the path, and that the data was staged to this node") from exc
+
+
+def _identity(status: os.stat_result) -> Identity:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
@@ -112,7 +126,7 @@ def open_dataset(path: str, name: str, allow_external: bool) -> OpenDataset:
             if not dataset.shape:
                 raise DataError(f"{path}: dataset {name!r} has no rows: its shape is {dataset.shape}", _listing(file))
             token = (*identity, dataset.name)
-            handle = OpenDataset(file, choose_reader(file, dataset, token), identity, token)
+            handle = OpenDataset(file, choose_reader(file, dataset, token), identity, token, OPENED.process)
         except BaseException:
             file.close()
             raise

@@ -83,7 +83,8 @@ class HDF5Matrix:
         self.datapath = os.path.abspath(os.fspath(datapath))  # noqa: PTH100 - resolves no links, unlike pathlib
         self.dataset = dataset
         self.normalizer = normalizer
-        reader = self._open().reader
+        self._handle = open_dataset(self.datapath, self.dataset, self.allow_external)
+        reader = self._handle.reader
         self.start, self.end = self._bounds(start, end, reader.shape[0])
         self._file_rows = reader.shape[1:], reader.dtype
         self.chunk_rows = reader.block_rows
@@ -142,6 +143,12 @@ class HDF5Matrix:
         return f"<HDF5Matrix {self.dataset!r} of {self.datapath!r} [{self.start}:{self.end}], {self.shape} {self.dtype}>"
 
     def __getitem__(self, key: Any) -> Any:
+        # A batch or a row: by far the commonest keys, and worth the way around the planning.
+        if type(key) is slice:
+            first, stop, step = key.indices(self.end - self.start)
+            return self._neighbours(first, stop) if step == 1 else self._fetch(range(first, stop, step))
+        if type(key) is int and 0 <= key < self.end - self.start:
+            return self._neighbours(key, key + 1)[0]
         plan = plan_key(key, self.shape)
         if plan.key is None:
             return self._fetch(plan.rows)
@@ -206,7 +213,7 @@ class HDF5Matrix:
         """Let go of the file and of its chunks in the cache. Reading afterwards is an error; closing again is not."""
         self._closed = True
         handle, self._handle = self._handle, None
-        if handle is not None and handle.pid == os.getpid():
+        if handle is not None and handle.is_ours():
             with OPENED.lock:
                 handle.shut()
             CACHE.drop(handle.token)
@@ -257,8 +264,8 @@ class HDF5Matrix:
             raise DataError(f"{self!r} is closed", "read it before close(), or inside of the with block; or make a new one")
         handle = self._handle
         if handle is None or not handle.is_current(self.datapath):
-            handle = open_dataset(self.datapath, self.dataset, self.allow_external)
-            self._handle = handle
+            handle = self._handle = open_dataset(self.datapath, self.dataset, self.allow_external)
+            self._refuse_other_rows(handle.reader)
             if self._closed:  # by another thread, which may not have seen this handle
                 self.close()
                 return self._open()
@@ -269,21 +276,35 @@ class HDF5Matrix:
         while True:
             handle = self._open()
             try:
-                return call(self._checked(handle.reader))
+                return call(handle.reader)
             except DataError:
                 if not handle.is_shut:
                     raise
 
-    def _checked(self, reader: Reader) -> Reader:
-        """Return `reader` if it still has the rows that this matrix stands for."""
+    def _refuse_other_rows(self, reader: Reader) -> None:
+        """Raise when the file has other rows than those that this matrix stands for."""
         if (reader.shape[1:], reader.dtype) != self._file_rows or reader.shape[0] < self.end:
+            self._handle = None
             shape, dtype = self._file_rows
             raise DataError(
                 f"{self.datapath}: dataset {self.dataset!r} was replaced: it is {reader.shape} {reader.dtype} now, and was "
                 f"at least {(self.end, *shape)} {dtype}",
                 "make a new HDF5Matrix for the new data",
             )
-        return reader
+
+    def _neighbours(self, first: int, stop: int) -> NDArray[Any]:
+        """Return the rows from `first` up to `stop` of this part of the dataset, normalized."""
+        if stop <= first:
+            return np.empty((0, *self._row_shape), self.dtype)
+        while True:  # as in `_read`, without its calls
+            handle = self._open()
+            try:
+                rows = handle.reader.read_range(self.start + first, self.start + stop)
+            except DataError:
+                if not handle.is_shut:
+                    raise
+            else:
+                return rows if self.normalizer is None else self._normalized(rows, stop - first)
 
     def _fetch(self, rows: Rows) -> NDArray[Any]:
         """Return rows of this part of the dataset, normalized: `(len(rows), *row_shape)`."""

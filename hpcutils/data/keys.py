@@ -58,8 +58,6 @@ def plan_key(key: Any, shape: tuple[int, ...]) -> KeyPlan:
     Raises:
         IndexError, TypeError, ValueError: As numpy would, for what the key says about axis 0.
     """
-    if type(key) is slice:  # the commonest key by far: a batch
-        return KeyPlan(range(shape[0])[key], None, None)
     try:
         return _plan_key(key, shape)
     except (IndexError, TypeError, ValueError):

@@ -1,7 +1,7 @@
 """Three ways to read rows of an HDF5 dataset; `choose_reader` picks the fastest that the dataset allows.
 
-    ChunkReader       chunks with deflate and shuffle, or no filter: stored bytes from HDF5, filters undone in `chunks`
-    ContiguousReader  one plain block: slices by HDF5, scattered rows with `preadv`
+    StoredReader      rows that lie in the file as they are, in one block or in chunks without filters: `preadv`
+    ChunkReader       chunks with deflate and shuffle: stored bytes from HDF5, filters undone in `chunks`
     LibraryReader     anything else (other filters, strings, compounds, virtual datasets): HDF5 itself, chunk by chunk
 
 All give a new array of the dataset's own dtype, rows in the order asked for, and visit each chunk once a request.
@@ -14,6 +14,7 @@ import itertools
 import os
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import h5py
@@ -44,6 +45,8 @@ Token: TypeAlias = tuple[int | str, ...]
 PIECE_BYTES = 1 << 20
 # A gap that is cheaper to read along than to start another read: one page.
 GAP_BYTES = 4096
+# Up to so many chunks are looked up when a dataset without filters is opened, at about 1 us each.
+MAX_PLACES = 1 << 16
 # What h5py raises when HDF5 cannot read; ValueError when another thread closed the file.
 READ_ERRORS = (OSError, RuntimeError, ValueError)
 # Of a chunk larger than this only the wanted rows are read: eight such chunks fill the smallest cache.
@@ -60,6 +63,9 @@ class Reader(Protocol):
     def read(self, rows: Rows) -> NDArray[Any]:
         """Return `(len(rows), *shape[1:])`; rows lie in range, in any order, and may repeat."""
 
+    def read_range(self, first: int, stop: int) -> NDArray[Any]:
+        """Return the rows from `first` up to `stop`, which is larger: `read` for the commonest request."""
+
     def read_into(self, first: int, out: NDArray[Any]) -> int:
         """Fill `out`, `(rows, *shape[1:])`, from row `first` on, in this thread and past the cache; return the chunks fetched."""
 
@@ -71,11 +77,11 @@ def choose_reader(file: h5py.File, dataset: h5py.Dataset, token: Token) -> Reade
     # A file that is also open for writing in this process may have rows that are not in the file yet.
     if not _is_plain(dataset) or file.id.get_intent() != h5py.h5f.ACC_RDONLY:
         return LibraryReader(dataset, token)
+    blocks = stored_blocks(dataset, plist) if file.driver == "sec2" and not filters else None
+    if blocks is not None:
+        return StoredReader(dataset, blocks, file.id.get_vfd_handle())
     if dataset.chunks and tuple(code for code, *_ in filters) in KNOWN_PIPELINES and _shuffles_elements(filters, dataset):
         return ChunkReader(dataset, tuple(code for code, *_ in filters), token)
-    offset = dataset.id.get_offset() if plist.get_layout() == h5py.h5d.CONTIGUOUS else None
-    if offset is not None and plist.get_external_count() == 0 and file.driver == "sec2":
-        return ContiguousReader(dataset, offset, file.id.get_vfd_handle())
     return LibraryReader(dataset, token)
 
 
@@ -99,13 +105,12 @@ class ChunkReader:
         self._dataset, self._pipeline, self._token = dataset, pipeline, token
         self._name = name_of(dataset)
         self._chunks: tuple[int, ...] = dataset.chunks
+        self._corner = (0,) * len(self._chunks[1:])
         self._size_bytes = int(np.prod(self._chunks, dtype=np.int64)) * self.dtype.itemsize
         self._library = LibraryReader(dataset, token)
 
     def read(self, rows: Rows) -> NDArray[Any]:
         """Return the rows, each chunk fetched and inflated once."""
-        if not self._pipeline and isinstance(rows, range) and rows.step == 1:
-            return self._library.read(rows)  # nothing to undo: HDF5 reads straight into the array
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
         if out.size == 0:
             return out
@@ -114,6 +119,19 @@ class ChunkReader:
         for _ in WORKERS.map(self._place, [job for job in jobs if not self._place_cached(job)]):
             pass
         return out
+
+    def read_range(self, first: int, stop: int) -> NDArray[Any]:
+        """Return the rows from `first` up to `stop`."""
+        if not self._pipeline:
+            return self._library.read_range(first, stop)  # nothing to undo: HDF5 reads straight into the array
+        local = first % self.block_rows
+        if stop - first + local <= self.block_rows and self._chunks[1:] == self.shape[1:]:
+            chunk = CACHE.get((self._token, (first - local, *self._corner)))
+            if chunk is not None:
+                out = np.empty((stop - first, *self.shape[1:]), self.dtype)
+                copy_rows(chunk, self._chunks, slice(local, local + stop - first), out)
+                return out
+        return self.read(range(first, stop))
 
     def read_into(self, first: int, out: NDArray[Any]) -> int:
         """Fill `out` from row `first` on; return the chunks fetched."""
@@ -179,24 +197,53 @@ class ChunkReader:
         return (group.chunk * self.block_rows, *column)
 
 
-class ContiguousReader:
-    """Reads a dataset that is one unfiltered block of plain numbers."""
+@dataclass(frozen=True)
+class Blocks:
+    """Where in the file rows lie as they are: `rows` of them one after the other from each of `places` (bytes) on."""
 
-    def __init__(self, dataset: h5py.Dataset, offset_bytes: int, descriptor: int) -> None:
+    rows: int
+    places: list[int]
+
+
+def stored_blocks(dataset: h5py.Dataset, plist: h5py.h5p.PropDCID) -> Blocks | None:
+    """Return where the rows of an unfiltered dataset lie; `None` where only HDF5 can tell, or must make some of them up."""
+    if plist.get_layout() == h5py.h5d.CONTIGUOUS and plist.get_external_count() == 0:
+        place = dataset.id.get_offset()
+        return None if place is None else Blocks(max(dataset.shape[0], 1), [place])
+    if dataset.chunks is None or dataset.chunks[1:] != dataset.shape[1:] or dataset.file.userblock_size:
+        return None
+    count = -(-dataset.shape[0] // dataset.chunks[0])
+    # HDF5 before 1.12.3 walks through all chunks for the address of one, and h5py has no `chunk_iter` then.
+    if not 0 < count <= MAX_PLACES or not hasattr(dataset.id, "chunk_iter"):
+        return None
+    places = [-1] * count
+
+    def note(chunk: h5py.h5d.StoreInfo) -> None:
+        if chunk.chunk_offset[0] < dataset.shape[0]:
+            places[chunk.chunk_offset[0] // dataset.chunks[0]] = chunk.byte_offset
+
+    dataset.id.chunk_iter(note)
+    return None if -1 in places else Blocks(dataset.chunks[0], places)
+
+
+class StoredReader:
+    """Reads rows that lie in the file as they are: a dataset of one block of plain numbers, or of unfiltered chunks."""
+
+    def __init__(self, dataset: h5py.Dataset, blocks: Blocks, descriptor: int) -> None:
         self.shape, self.dtype = dataset.shape, dataset.dtype
-        self._row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-        self.block_rows = max(1, PIECE_BYTES // max(self._row_bytes, 1))
-        self._dataset, self._offset_bytes = dataset, offset_bytes
-        self._name = name_of(dataset)
+        self._row_shape = self.shape[1:]
+        self._row_bytes = int(np.prod(self._row_shape, dtype=np.int64)) * self.dtype.itemsize
+        self.block_rows = dataset.chunks[0] if dataset.chunks else max(1, PIECE_BYTES // max(self._row_bytes, 1))
+        self._blocks, self._name = blocks, name_of(dataset)
         # A descriptor of our own: the file may be closed, and its number given to another file, while a thread reads.
         self._descriptor = os.dup(descriptor)
         weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, rows: Rows) -> NDArray[Any]:
-        """Return the rows: one read for a slice, one for each run of neighbours otherwise."""
-        if isinstance(rows, range) and rows.step == 1:
-            return library_read(self._dataset, slice(rows.start, rows.stop), self._name)
-        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        """Return the rows: one read for each run of neighbours."""
+        if isinstance(rows, range) and rows.step == 1 and rows:
+            return self.read_range(rows.start, rows.stop)
+        out = np.empty((len(rows), *self._row_shape), self.dtype)
         if out.size == 0:
             return out
         wanted = np.asarray(rows, np.intp)
@@ -213,17 +260,35 @@ class ContiguousReader:
             flat[order[low:high]] = piece[ordered[low:high] - first]
         return out
 
+    def read_range(self, first: int, stop: int) -> NDArray[Any]:
+        """Return the rows from `first` up to `stop`: in one read where they lie in one block."""
+        out = np.empty((stop - first, *self._row_shape), self.dtype)
+        block, local = divmod(first, self._blocks.rows)
+        if local + stop - first <= self._blocks.rows:
+            place = self._blocks.places[block] + local * self._row_bytes
+            if os.preadv(self._descriptor, (out,), place) == out.nbytes:  # type: ignore[arg-type]
+                return out
+        self._fill(out.view(np.uint8).reshape(-1), first)
+        return out
+
     def read_into(self, first: int, out: NDArray[Any]) -> int:
         """Fill `out` from row `first` on; return the pieces of `block_rows` that this touched."""
-        if out.size:
-            self._fill(out.view(np.uint8).reshape(len(out), -1), first)
-        pieces: int = -(-len(out) // self.block_rows)
+        if out.size == 0:
+            return 0
+        self._fill(out.view(np.uint8).reshape(-1), first)
+        pieces: int = (first + len(out) - 1) // self.block_rows - first // self.block_rows + 1
         return pieces
 
     def _fill(self, memory: NDArray[np.uint8], first_row: int) -> None:
-        """Fill `memory` with the rows from `first_row` on."""
-        place = self._offset_bytes + first_row * self._row_bytes
+        """Fill `memory`, whole rows, with the rows from `first_row` on."""
         view = memory.reshape(-1).data
+        block, local = divmod(first_row, self._blocks.rows)
+        while view:
+            part = view[: (self._blocks.rows - local) * self._row_bytes]
+            self._fill_from(part, self._blocks.places[block] + local * self._row_bytes, first_row)
+            view, block, local = view[len(part) :], block + 1, 0
+
+    def _fill_from(self, view: memoryview, place: int, first_row: int) -> None:
         while view:
             got = os.preadv(self._descriptor, [view], place)
             if got == 0:
@@ -247,11 +312,15 @@ class LibraryReader:
     def read(self, rows: Rows) -> NDArray[Any]:
         """Return the rows; for scattered ones each chunk is read once, unless it is too large to hold."""
         if isinstance(rows, range) and rows.step == 1:
-            return library_read(self._dataset, slice(rows.start, rows.stop), self._name)
+            return self.read_range(rows.start, rows.stop)
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
         for group in group_rows(rows, self.block_rows):
             self._place(out, group)
         return out
+
+    def read_range(self, first: int, stop: int) -> NDArray[Any]:
+        """Return the rows from `first` up to `stop`."""
+        return library_read(self._dataset, slice(first, stop), self._name)
 
     def read_into(self, first: int, out: NDArray[Any]) -> int:
         """Fill `out` from row `first` on; return the chunks that this touched."""
