@@ -119,6 +119,11 @@ def test_strings_records_and_array_types(tmp_path):
         assert np.array_equal(matrix.read_rows(rows), array[rows])
         assert np.array_equal(matrix[5:9], array[5:9])
         assert np.array_equal(matrix[::-4], array[::-4])
+    matrix = HDF5Matrix(tmp_path / "types.h5", "records")
+    assert np.array_equal(matrix[3:9]["a"], records[3:9]["a"])
+    for key in ("a", ["a", "b"], ("a", 1)):
+        with pytest.raises(IndexError):
+            matrix[key]
 
 
 # -- files that point elsewhere ---------------------------------------------------------------------------------------
