@@ -13,6 +13,7 @@ than a chunk, and shuffled ones, cheap. A chunk whose rows were all wanted is no
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import threading
 import zlib
@@ -110,7 +111,7 @@ def copy_rows(chunk: Inflated, shape: tuple[int, ...], rows: slice, out: NDArray
     """Copy neighbouring rows of a chunk of `shape` into `out`, `(rows, ...)`; a chunk that reaches past `out`'s axes is cut."""
     whole = out.shape[1:] == shape[1:] and out.flags.c_contiguous
     if chunk.shuffled and out.dtype.itemsize > 1 and whole:
-        row_items = int(np.prod(shape[1:], dtype=np.int64))
+        row_items = math.prod(shape[1:])
         planes = np.frombuffer(chunk.data, np.uint8).reshape(out.dtype.itemsize, -1)
         part = planes[:, rows.start * row_items : rows.stop * row_items]
         unshuffle_into(part, out.reshape(-1))

@@ -7,47 +7,72 @@ that the user may read. They are refused unless the caller asked for them, befor
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import os
 import threading
 import weakref
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 import h5py
+from h5py._objects import phil
 
 from hpcutils.data.arriving import NO_DEVICE, ByteSource, SourceFile, source_identity
 from hpcutils.data.readers import Reader, Token, choose_reader
 from hpcutils.errors import DataError
 
-# Device, inode, time of change in nanoseconds, bytes: differs when the file at a path was replaced or written.
-Identity: TypeAlias = tuple[int, int, int, int]
+# Device, inode, bytes, times of change of the data and of the inode (ns): differs when the file at a path was replaced or
+# written. Tools that copy times can restore the former, not the latter; a new link or other rights change it, too, and cost
+# one opening.
+Identity: TypeAlias = tuple[int, int, int, int, int]
+
+# What h5py does when it is not told, none, HDF5's strict locks, and those that pass over file systems without any.
+LOCKINGS: tuple[bool | str | None, ...] = (None, False, True, "best-effort")
 
 MAX_SOFT_LINKS = 32
 MAX_VIRTUAL_DEPTH = 8
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class OpenDataset:
-    """A dataset of an open file, as one process sees it."""
+    """A dataset of an open file, as one process sees it; `is_shut` once `shut` closed it, maybe under a thread that reads."""
 
     file: h5py.File
     reader: Reader
     identity: Identity
     token: Token
-    pid: int = field(default_factory=os.getpid)
+    process: object
+    is_shut: bool = False
+
+    def is_ours(self) -> bool:
+        """Tell whether this process opened it, and not one that it was forked from."""
+        return self.process is OPENED.process
 
     def is_current(self, path: str) -> bool:
-        """Tell whether this process opened it and the file at `path` is still the same: or, of one that arrives, not there yet."""
-        if self.pid != os.getpid():
+        """Tell whether this process opened it and the file at `path` is still the same: 2 us, most of it for `stat`.
+
+        One that arrives is current as long as there is none at `path`.
+        """
+        if self.is_shut or self.process is not OPENED.process:
             return False
-        return not os.path.exists(path) if self.is_arriving else self.identity == identity_of(path)  # noqa: PTH110 - once a batch
+        try:
+            status = os.stat(path)  # noqa: PTH116 - asked for each request
+        except OSError:
+            return self.is_arriving  # opening says why
+        return self.identity == _identity(status)
 
     @property
     def is_arriving(self) -> bool:
         """Whether its bytes come from a `ByteSource`."""
         return self.identity[0] == NO_DEVICE
+
+    def shut(self) -> None:
+        """Close the file. The flag comes first: a read that fails because of this finds it set."""
+        self.is_shut = True
+        self.file.close()
 
 
 class _Opened:
@@ -59,6 +84,7 @@ class _Opened:
 
     def renew(self) -> None:
         self.lock = threading.RLock()
+        self.process = object()  # another one in a forked child: cheaper to compare than process numbers
 
     def close_stale(self, identity: Identity) -> None:
         """Close what was inherited from a parent process, or belongs to an older state of the same file.
@@ -68,15 +94,15 @@ class _Opened:
         """
         for handle in list(self.handles):
             rewritten = handle.identity[:2] == identity[:2] and handle.identity != identity
-            if handle.pid != os.getpid() or rewritten:
-                handle.file.close()
+            if not handle.is_ours() or rewritten:
+                handle.shut()
                 self.handles.discard(handle)
 
     def close_arriving(self) -> None:
         """Close files that are read through Python: HDF5 would do it after the end of the interpreter, and crash."""
         for handle in list(self.handles):
-            if handle.is_arriving and handle.pid == os.getpid():
-                handle.file.close()
+            if handle.is_arriving and handle.is_ours():
+                handle.shut()
 
 
 OPENED = _Opened()
@@ -85,20 +111,23 @@ atexit.register(OPENED.close_arriving)
 
 
 def identity_of(path: str) -> Identity:
-    """Return what changes when the file at `path` is replaced or written: device, inode, time of change (ns), bytes.
+    """Return what changes when the file at `path` is replaced or written.
 
     Raises:
         DataError: There is no such file, or it may not be looked at.
     """
     try:
-        status = os.stat(path)  # noqa: PTH116 - asked once a batch
+        return _identity(os.stat(path))  # noqa: PTH116 - as above
     except OSError as exc:
         raise DataError(f"{path}: {exc.strerror}", "check the path, and that the data was staged to this node") from exc
-    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _identity(status: os.stat_result) -> Identity:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def open_dataset(path: str, name: str, allow_external: bool, source: ByteSource | None = None) -> OpenDataset:
-    """Open dataset `name` of the file at `path`, read-only and without locks (shared file systems may lack them).
+    """Open dataset `name` of the file at `path`, read-only, and keep no lock on it (see `_open_file`).
 
     Args:
         path: The file.
@@ -122,7 +151,7 @@ def open_dataset(path: str, name: str, allow_external: bool, source: ByteSource 
             if not dataset.shape:
                 raise DataError(f"{path}: dataset {name!r} has no rows: its shape is {dataset.shape}", _listing(file))
             token = (*identity, dataset.name)
-            handle = OpenDataset(file, choose_reader(file, dataset, token, source), identity, token)
+            handle = OpenDataset(file, choose_reader(file, dataset, token, source), identity, token, OPENED.process)
         except BaseException:
             file.close()
             raise
@@ -131,11 +160,43 @@ def open_dataset(path: str, name: str, allow_external: bool, source: ByteSource 
 
 
 def _open_file(path: str, source: ByteSource | None) -> h5py.File:
-    try:
-        return h5py.File(path if source is None else SourceFile(source, path), "r", locking=False)
-    except OSError as exc:
-        reason = "is a folder" if Path(path).is_dir() else str(exc)
-        raise DataError(f"{path}: not a readable HDF5 file: {reason}", "an .h5 or .hdf5 file was expected") from exc
+    """Open the file beside whatever has it open in this process, and keep no lock.
+
+    HDF5 keeps one structure for a file that a process opens twice, and refuses the second handle unless it asks for the
+    same kind of locks. So the file is opened as h5py does by default, which every other plain `h5py.File` then fits, and
+    in the other ways where that is refused: by a handle that is already there, by a writer's lock, or by a file system
+    without locks. The lock itself is given back at once: a job may read for days, and need not keep writers out. A file
+    that arrives is nobody else's, and has nothing to lock.
+    """
+    refusal: OSError | None = None
+    for locking in LOCKINGS if source is None else (False,):
+        try:
+            file = h5py.File(path if source is None else SourceFile(source, path), "r", locking=locking)
+        except OSError as exc:
+            refusal = refusal or exc
+            continue
+        _unlock(file)
+        return file
+    reason = "is a folder" if Path(path).is_dir() else str(refusal)
+    raise DataError(f"{path}: not a readable HDF5 file: {reason}", "an .h5 or .hdf5 file was expected") from refusal
+
+
+def _unlock(file: h5py.File) -> None:
+    """Give back the lock that opening took; one that another handle of this process holds stays."""
+    if file.driver != "sec2":
+        return
+    descriptor = file.id.get_vfd_handle()
+    with phil:
+        # By number: handles of one file are "equal".
+        handles = h5py.h5f.get_obj_ids(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE)
+        others = [other for other in handles if other.id != file.id.id]
+        if all(not _is_sec2(other) or other.get_vfd_handle() != descriptor for other in others):
+            with contextlib.suppress(OSError):  # there is none where the file system has none
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def _is_sec2(file: h5py.h5f.FileID) -> bool:
+    return bool(file.get_access_plist().get_driver() == h5py.h5fd.SEC2)
 
 
 def _find(file: h5py.File, name: str, allow_external: bool) -> h5py.Dataset:

@@ -1,7 +1,7 @@
 """Three ways to read rows of an HDF5 dataset; `choose_reader` picks the fastest that the dataset allows.
 
-    ChunkReader       chunks with deflate and shuffle, or no filter: stored bytes from HDF5, filters undone in `chunks`
-    ContiguousReader  one plain block: slices by HDF5, scattered rows with `preadv`
+    StoredReader      rows that lie in the file as they are, in one block or in chunks without filters: `preadv`
+    ChunkReader       chunks with deflate and shuffle: stored bytes from HDF5, filters undone in `chunks`
     LibraryReader     anything else (other filters, strings, compounds, virtual datasets): HDF5 itself, chunk by chunk
 
 Where the file is still arriving, the bytes of all three come from a `ByteSource`: HDF5 itself has it as its file.
@@ -17,6 +17,7 @@ import math
 import os
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import h5py
@@ -48,6 +49,10 @@ Token: TypeAlias = tuple[int | str, ...]
 PIECE_BYTES = 1 << 20
 # A gap that is cheaper to read along than to start another read: one page.
 GAP_BYTES = 4096
+# Up to so many chunks are looked up when a dataset without filters is opened, at about 1 us each.
+MAX_PLACES = 1 << 16
+# What h5py raises when HDF5 cannot read; ValueError when another thread closed the file.
+READ_ERRORS = (OSError, RuntimeError, ValueError)
 # Of a chunk larger than this only the wanted rows are read: eight such chunks fill the smallest cache.
 HELD_BYTES = CACHE_LEAST_BYTES // 8
 
@@ -68,6 +73,9 @@ class Reader(Protocol):
     def read(self, rows: Rows) -> NDArray[Any]:
         """Return `(len(rows), *shape[1:])`; rows lie in range, in any order, and may repeat."""
 
+    def read_range(self, first: int, stop: int) -> NDArray[Any]:
+        """Return the rows from `first` up to `stop`, which is larger: `read` for the commonest request."""
+
     def read_into(self, first: int, out: NDArray[Any]) -> int:
         """Fill `out`, `(rows, *shape[1:])`, from row `first` on, in this thread and past the cache; return the chunks fetched."""
 
@@ -79,11 +87,12 @@ def choose_reader(file: h5py.File, dataset: h5py.Dataset, token: Token, source: 
     # A file that is also open for writing in this process may have rows that are not in the file yet.
     if not _is_plain(dataset) or file.id.get_intent() != h5py.h5f.ACC_RDONLY:
         return LibraryReader(dataset, token)
+    has_bytes = source is not None or file.driver == "sec2"
+    blocks = stored_blocks(dataset, plist) if has_bytes and not filters else None
+    if blocks is not None:
+        return StoredReader(dataset, blocks, OwnDescriptor(file) if source is None else source)
     if dataset.chunks and tuple(code for code, *_ in filters) in KNOWN_PIPELINES and _shuffles_elements(filters, dataset):
         return ChunkReader(dataset, tuple(code for code, *_ in filters), token, places_of(file, dataset, source))
-    offset = dataset.id.get_offset() if plist.get_layout() == h5py.h5d.CONTIGUOUS else None
-    if offset is not None and plist.get_external_count() == 0 and (source is not None or file.driver == "sec2"):
-        return ContiguousReader(dataset, offset, source or OwnDescriptor(file))
     return LibraryReader(dataset, token)
 
 
@@ -105,15 +114,15 @@ class ChunkReader:
         self.shape, self.dtype = dataset.shape, dataset.dtype
         self.block_rows = dataset.chunks[0]
         self._dataset, self._pipeline, self._token, self._places = dataset, pipeline, token, places
+        self._name = name_of(dataset)
         self._chunks: tuple[int, ...] = dataset.chunks
+        self._corner = (0,) * len(self._chunks[1:])
         self.block_pieces = math.prod(-(-n // c) for n, c in zip(self.shape[1:], self._chunks[1:], strict=True))
         self._size_bytes = int(np.prod(self._chunks, dtype=np.int64)) * self.dtype.itemsize
         self._library = LibraryReader(dataset, token)
 
     def read(self, rows: Rows) -> NDArray[Any]:
         """Return the rows, each chunk fetched and inflated once."""
-        if not self._pipeline and isinstance(rows, range) and rows.step == 1:
-            return self._library.read(rows)  # nothing to undo: HDF5 reads straight into the array
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
         if out.size == 0:
             return out
@@ -122,6 +131,19 @@ class ChunkReader:
         for _ in WORKERS.map(self._place, [job for job in jobs if not self._place_cached(job)]):
             pass
         return out
+
+    def read_range(self, first: int, stop: int) -> NDArray[Any]:
+        """Return the rows from `first` up to `stop`."""
+        if not self._pipeline and self._places is None:
+            return self._library.read_range(first, stop)  # nothing to undo: HDF5 reads straight into the array
+        local = first % self.block_rows
+        if stop - first + local <= self.block_rows and self._chunks[1:] == self.shape[1:]:
+            chunk = CACHE.get((self._token, (first - local, *self._corner)))
+            if chunk is not None:
+                out = np.empty((stop - first, *self.shape[1:]), self.dtype)
+                copy_rows(chunk, self._chunks, slice(local, local + stop - first), out)
+                return out
+        return self.read(range(first, stop))
 
     def read_into(self, first: int, out: NDArray[Any]) -> int:
         """Fill `out` from row `first` on; return the chunks fetched."""
@@ -160,7 +182,7 @@ class ChunkReader:
         if found is None:
             return None
         mask, stored = found
-        with _at(self._dataset, start):
+        with _at(self._name, start):
             return undo_filters(stored, self._pipeline, mask, self._size_bytes)
 
     def _stored(self, start: tuple[int, ...]) -> tuple[int, bytes] | None:
@@ -168,7 +190,7 @@ class ChunkReader:
         try:
             with phil:  # h5py before 3.16 forgets its own lock here (h5py#2764): two threads crash the process
                 mask, stored = self._dataset.id.read_direct_chunk(start)
-        except (OSError, RuntimeError):
+        except READ_ERRORS:
             # A chunk that was never written has no bytes to give; HDF5 itself makes up its fill values, or explains.
             return None
         return mask, stored
@@ -187,7 +209,7 @@ class ChunkReader:
         else:
             first_row = group.chunk * self.block_rows
             last_row = min(first_row + self.block_rows, self.shape[0])
-            rows = library_read(self._dataset, (slice(first_row, last_row), *cells))[group.local]
+            rows = library_read(self._dataset, (slice(first_row, last_row), *cells), self._name)[group.local]
         out[(group.place, *cells)] = rows
 
     def _start(self, job: Job) -> tuple[int, ...]:
@@ -200,44 +222,80 @@ class OwnDescriptor:
 
     Args:
         file: Opened with HDF5's plain driver.
+
+    Attributes:
+        number: The descriptor.
     """
 
     def __init__(self, file: h5py.File) -> None:
         # A descriptor of our own: the file may be closed, and its number given to another file, while a thread reads.
-        self._descriptor = os.dup(file.id.get_vfd_handle())
-        weakref.finalize(self, os.close, self._descriptor)
-        self.size_bytes = os.fstat(self._descriptor).st_size
+        self.number = os.dup(file.id.get_vfd_handle())
+        weakref.finalize(self, os.close, self.number)
+        self.size_bytes = os.fstat(self.number).st_size
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes from `offset` on; see `ByteSource`."""
+        """Fill `buffer` with the bytes from `offset` on; see `ByteSource`.
+
+        Raises:
+            EOFError: The file was cut short.
+        """
         while buffer:
-            got = os.preadv(self._descriptor, [buffer], offset)
+            got = os.preadv(self.number, [buffer], offset)
             if got == 0:
-                raise DataError(f"the file ends at byte {offset}", "it was cut short: copy it again")
+                raise EOFError(f"the file ends at byte {offset}")
             buffer, offset = buffer[got:], offset + got
 
 
-class ContiguousReader:
-    """Reads a dataset that is one unfiltered block of plain numbers."""
+@dataclass(frozen=True)
+class Blocks:
+    """Where in the file rows lie as they are: `rows` of them one after the other from each of `places` (bytes) on."""
+
+    rows: int
+    places: list[int]
+
+
+def stored_blocks(dataset: h5py.Dataset, plist: h5py.h5p.PropDCID) -> Blocks | None:
+    """Return where the rows of an unfiltered dataset lie; `None` where only HDF5 can tell, or must make some of them up."""
+    if plist.get_layout() == h5py.h5d.CONTIGUOUS and plist.get_external_count() == 0:
+        place = dataset.id.get_offset()
+        return None if place is None else Blocks(max(dataset.shape[0], 1), [place])
+    if dataset.chunks is None or dataset.chunks[1:] != dataset.shape[1:] or dataset.file.userblock_size:
+        return None
+    count = -(-dataset.shape[0] // dataset.chunks[0])
+    # HDF5 before 1.12.3 walks through all chunks for the address of one, and h5py has no `chunk_iter` then.
+    if not 0 < count <= MAX_PLACES or not hasattr(dataset.id, "chunk_iter"):
+        return None
+    places = [-1] * count
+
+    def note(chunk: h5py.h5d.StoreInfo) -> None:
+        if chunk.chunk_offset[0] < dataset.shape[0]:
+            places[chunk.chunk_offset[0] // dataset.chunks[0]] = chunk.byte_offset
+
+    with phil:
+        dataset.id.chunk_iter(note)
+    return None if -1 in places else Blocks(dataset.chunks[0], places)
+
+
+class StoredReader:
+    """Reads rows that lie in the file as they are: a dataset of one block of plain numbers, or of unfiltered chunks."""
 
     block_pieces = 1
 
-    def __init__(self, dataset: h5py.Dataset, offset_bytes: int, source: ByteSource) -> None:
+    def __init__(self, dataset: h5py.Dataset, blocks: Blocks, source: ByteSource) -> None:
         self.shape, self.dtype = dataset.shape, dataset.dtype
-        self._row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-        self.block_rows = max(1, PIECE_BYTES // max(self._row_bytes, 1))
-        self._dataset, self._offset_bytes, self._source = dataset, offset_bytes, source
+        self._row_shape = self.shape[1:]
+        self._row_bytes = int(np.prod(self._row_shape, dtype=np.int64)) * self.dtype.itemsize
+        self.block_rows = dataset.chunks[0] if dataset.chunks else max(1, PIECE_BYTES // max(self._row_bytes, 1))
+        self._blocks, self._name = blocks, name_of(dataset)
+        self._source = source
+        self._descriptor = source.number if isinstance(source, OwnDescriptor) else None
 
     def read(self, rows: Rows) -> NDArray[Any]:
-        """Return the rows: one read for a slice, one for each run of neighbours otherwise."""
-        is_slice = isinstance(rows, range) and rows.step == 1
-        if is_slice and isinstance(self._source, OwnDescriptor):
-            return library_read(self._dataset, slice(rows.start, rows.stop))  # type: ignore[union-attr]
-        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        """Return the rows: one read for each run of neighbours."""
+        if isinstance(rows, range) and rows.step == 1 and rows:
+            return self.read_range(rows.start, rows.stop)
+        out = np.empty((len(rows), *self._row_shape), self.dtype)
         if out.size == 0:
-            return out
-        if is_slice:
-            self._fill(out.view(np.uint8), int(rows[0]))
             return out
         wanted = np.asarray(rows, np.intp)
         order = np.argsort(wanted, kind="stable")
@@ -253,19 +311,38 @@ class ContiguousReader:
             flat[order[low:high]] = piece[ordered[low:high] - first]
         return out
 
+    def read_range(self, first: int, stop: int) -> NDArray[Any]:
+        """Return the rows from `first` up to `stop`: in one read where they lie in one block."""
+        out = np.empty((stop - first, *self._row_shape), self.dtype)
+        block, local = divmod(first, self._blocks.rows)
+        if self._descriptor is not None and local + stop - first <= self._blocks.rows:
+            place = self._blocks.places[block] + local * self._row_bytes
+            if os.preadv(self._descriptor, (out,), place) == out.nbytes:  # type: ignore[arg-type]
+                return out
+        self._fill(out.view(np.uint8).reshape(-1), first)
+        return out
+
     def read_into(self, first: int, out: NDArray[Any]) -> int:
         """Fill `out` from row `first` on; return the pieces of `block_rows` that this touched."""
-        if out.size:
-            self._fill(out.view(np.uint8).reshape(len(out), -1), first)
-        pieces: int = -(-len(out) // self.block_rows)
+        if out.size == 0:
+            return 0
+        self._fill(out.view(np.uint8).reshape(-1), first)
+        pieces: int = (first + len(out) - 1) // self.block_rows - first // self.block_rows + 1
         return pieces
 
     def _fill(self, memory: NDArray[np.uint8], first_row: int) -> None:
-        """Fill `memory` with the rows from `first_row` on."""
-        try:
-            self._source.read_into(self._offset_bytes + first_row * self._row_bytes, memory.reshape(-1).data)
-        except DataError as exc:
-            raise type(exc)(f"{_name(self._dataset)}, row {first_row}: {exc.message}", exc.hint) from exc
+        """Fill `memory`, whole rows, with the rows from `first_row` on."""
+        view = memory.reshape(-1).data
+        block, local = divmod(first_row, self._blocks.rows)
+        while view:
+            part = view[: (self._blocks.rows - local) * self._row_bytes]
+            try:
+                self._source.read_into(self._blocks.places[block] + local * self._row_bytes, part)
+            except EOFError as exc:
+                raise DataError(f"{self._name}: the file ends before row {first_row}", "it was cut short: copy it again") from exc
+            except DataError as exc:
+                raise type(exc)(f"{self._name}, row {first_row}: {exc.message}", exc.hint) from exc
+            view, block, local = view[len(part) :], block + 1, 0
 
 
 class LibraryReader:
@@ -274,7 +351,8 @@ class LibraryReader:
     block_pieces = 1
 
     def __init__(self, dataset: h5py.Dataset, token: Token) -> None:
-        empty = library_read(dataset, slice(0, 0))
+        self._name = name_of(dataset)
+        empty = library_read(dataset, slice(0, 0), self._name)
         # Array types put their axes behind the dataset's own: only a read tells.
         self.shape, self.dtype = (dataset.shape[0], *empty.shape[1:]), empty.dtype
         self._dataset, self._token = dataset, token
@@ -285,15 +363,19 @@ class LibraryReader:
     def read(self, rows: Rows) -> NDArray[Any]:
         """Return the rows; for scattered ones each chunk is read once, unless it is too large to hold."""
         if isinstance(rows, range) and rows.step == 1:
-            return library_read(self._dataset, slice(rows.start, rows.stop))
+            return self.read_range(rows.start, rows.stop)
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
         for group in group_rows(rows, self.block_rows):
             self._place(out, group)
         return out
 
+    def read_range(self, first: int, stop: int) -> NDArray[Any]:
+        """Return the rows from `first` up to `stop`."""
+        return library_read(self._dataset, slice(first, stop), self._name)
+
     def read_into(self, first: int, out: NDArray[Any]) -> int:
         """Fill `out` from row `first` on; return the chunks that this touched."""
-        out[...] = library_read(self._dataset, slice(first, first + len(out)))
+        out[...] = library_read(self._dataset, slice(first, first + len(out)), self._name)
         return (first + len(out) - 1) // self.block_rows - first // self.block_rows + 1 if len(out) else 0
 
     def _place(self, out: NDArray[Any], group: Group) -> None:
@@ -304,7 +386,7 @@ class LibraryReader:
             return
         block = CACHE.get((self._token, first))
         if block is None:
-            block = library_read(self._dataset, slice(first, stop))
+            block = library_read(self._dataset, slice(first, stop), self._name)
             if self._keeps:
                 CACHE.put((self._token, first), block, block.nbytes)
         out[group.place] = block[group.local]
@@ -316,27 +398,28 @@ class LibraryReader:
         max_rows = max(1, HELD_BYTES // self._row_bytes)
         for low, high in split_runs(local, 0, max_rows):
             start, stop = int(local[low]), int(local[high - 1]) + 1
-            block = library_read(self._dataset, slice(first + start, first + stop))
+            block = library_read(self._dataset, slice(first + start, first + stop), self._name)
             out[places[low:high]] = block[local[low:high] - start]
 
 
-def library_read(dataset: h5py.Dataset, key: Any) -> NDArray[Any]:
-    """Return `dataset[key]`, with HDF5's complaint as a `DataError`."""
+def library_read(dataset: h5py.Dataset, key: Any, name: str) -> NDArray[Any]:
+    """Return `dataset[key]`, with HDF5's complaint as a `DataError` that begins with `name`."""
     try:
         with phil:  # strings of variable length crash without it when two threads read (h5py#2920)
             return np.asarray(dataset[key])
-    except (OSError, RuntimeError) as exc:
-        raise DataError(f"{_name(dataset)}: cannot be read: {exc}", "the file is damaged, or a filter is missing") from exc
+    except READ_ERRORS as exc:
+        raise DataError(f"{name}: cannot be read: {exc}", "the file is damaged, or a filter is missing") from exc
 
 
 @contextlib.contextmanager
-def _at(dataset: h5py.Dataset, start: tuple[int, ...]) -> Iterator[None]:
+def _at(name: str, start: tuple[int, ...]) -> Iterator[None]:
     """Say where in which file a damaged chunk is."""
     try:
         yield
     except DataError as exc:
-        raise DataError(f"{_name(dataset)}, chunk at {start}: {exc.message}", "copy the file again, or write it anew") from exc
+        raise DataError(f"{name}, chunk at {start}: {exc.message}", "copy the file again, or write it anew") from exc
 
 
-def _name(dataset: h5py.Dataset) -> str:
+def name_of(dataset: h5py.Dataset) -> str:
+    """Return what errors call the dataset. Asked while it is open: another thread may close it under a read."""
     return f"{dataset.file.filename}, dataset {dataset.name}"

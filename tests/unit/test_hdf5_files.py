@@ -90,7 +90,7 @@ def test_a_file_cut_short(tmp_path):
     matrix = HDF5Matrix(path, "data")
     reader = matrix._open().reader
     os.truncate(path, 50_000)
-    with pytest.raises(DataError, match="row 3999: the file ends"):
+    with pytest.raises(DataError, match="the file ends before row 3999"):
         reader.read(np.array([3999, 1]))
     with pytest.raises(DataError, match="not a readable HDF5 file"):
         matrix[3999]
@@ -119,6 +119,11 @@ def test_strings_records_and_array_types(tmp_path):
         assert np.array_equal(matrix.read_rows(rows), array[rows])
         assert np.array_equal(matrix[5:9], array[5:9])
         assert np.array_equal(matrix[::-4], array[::-4])
+    matrix = HDF5Matrix(tmp_path / "types.h5", "records")
+    assert np.array_equal(matrix[3:9]["a"], records[3:9]["a"])
+    for key in ("a", ["a", "b"], ("a", 1)):
+        with pytest.raises(IndexError):
+            matrix[key]
 
 
 # -- files that point elsewhere ---------------------------------------------------------------------------------------
@@ -201,3 +206,82 @@ def test_links_inside_of_the_file_are_followed(tmp_path):
         HDF5Matrix(tmp_path / "links.h5", "loop")
     with pytest.raises(DataError, match="no dataset 'dangling'"):
         HDF5Matrix(tmp_path / "links.h5", "dangling")
+
+
+# -- rows that lie in the file as they are ----------------------------------------------------------------------------
+
+
+def chunks_in_any_order(file):
+    dataset = file.create_dataset("data", ARRAY.shape, "f4", chunks=(16, 6))
+    for start in (64, 0, 96, 32, 16, 80, 48):
+        dataset[start : start + 16] = ARRAY[start : start + 16]
+
+
+def cut_to_fewer_rows(file):
+    dataset = file.create_dataset("data", data=np.concatenate([ARRAY, ARRAY]), chunks=(16, 6), maxshape=(None, 6))
+    dataset.resize(100, 0)
+
+
+def chunk_never_written(file):
+    dataset = file.create_dataset("data", ARRAY.shape, "f4", chunks=(16, 6), fillvalue=-1)
+    dataset[:32], dataset[64:] = ARRAY[:32], ARRAY[64:]
+
+
+def split_rows(file):
+    file.create_dataset("data", data=ARRAY, chunks=(16, 4))
+
+
+def never_written(file):
+    file.create_dataset("data", ARRAY.shape, "f4", fillvalue=-1)
+
+
+@pytest.mark.parametrize(
+    ("make", "reader"),
+    [
+        (chunks_in_any_order, "StoredReader"),
+        (cut_to_fewer_rows, "StoredReader"),
+        (lambda file: file.create_dataset("data", data=ARRAY), "StoredReader"),
+        (chunk_never_written, "ChunkReader"),
+        (split_rows, "ChunkReader"),
+        (never_written, "LibraryReader"),
+    ],
+    ids=["any order", "cut", "contiguous", "hole", "split rows", "never written"],
+)
+def test_unfiltered_rows(tmp_path, make, reader, request):
+    with h5py.File(tmp_path / "file.h5", "w") as file:
+        make(file)
+        array = file["data"][:]
+    with HDF5Matrix(tmp_path / "file.h5", "data", 1) as matrix:
+        assert type(matrix._open().reader).__name__ == reader
+        array = array[1:]
+        for key in (
+            slice(3, 40),
+            slice(None),
+            slice(14, 16),
+            slice(90, 99),
+            [98, 3, 3, 4, 5, 15, 16],
+            31,
+            -1,
+            slice(None, None, -7),
+        ):
+            assert np.array_equal(matrix[key], array[key]), key
+        out = np.empty((50, 6), "f4")
+        pieces = {"split rows": 8, "contiguous": 1, "never written": 1}
+        assert matrix.read_into(20, out) == pieces.get(request.node.callspec.id, 4)
+        assert np.array_equal(out, array[20:70])
+
+
+def test_a_dataset_of_very_many_chunks_is_left_to_the_library(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_PLACES", 6)
+    matrix = HDF5Matrix(write(tmp_path / "file.h5", chunks=(16, 6)), "data")
+    assert isinstance(matrix._open().reader, readers.ChunkReader)
+    assert np.array_equal(matrix[10:70], ARRAY[10:70])
+
+
+def test_a_slice_of_a_file_cut_short(tmp_path):
+    for chunks in (None, (16, 6)):
+        path = write(tmp_path / "cut.h5", np.zeros((4000, 6), "f4"), chunks=chunks)
+        reader = HDF5Matrix(path, "data")._open().reader
+        os.truncate(path, 50_000)
+        with pytest.raises(DataError, match=r"dataset /data: the file ends before row 10"):
+            reader.read_range(10, 4000)
