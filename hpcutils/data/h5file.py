@@ -1,7 +1,8 @@
 """Opening an HDF5 dataset for reading: one handle a process, opened again when the file was replaced, and no traps.
 
 A file can point elsewhere: external links, external storage and virtual datasets make HDF5 open any other file of the host
-that the user may read. They are refused unless the caller asked for them, before HDF5 follows them.
+that the user may read. They are refused unless the caller asked for them, before HDF5 follows them. So are datasets that claim to
+be larger than what is stored of them can be (`hpcutils.data.claims`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TypeAlias
 
 import h5py
 
+from hpcutils.data.claims import backed_bytes, why_not_believable
 from hpcutils.data.readers import Reader, Token, choose_reader
 from hpcutils.errors import DataError
 
@@ -24,6 +26,10 @@ Identity: TypeAlias = tuple[int, int, int, int]
 
 MAX_SOFT_LINKS = 32
 MAX_VIRTUAL_DEPTH = 8
+TRUST = (
+    "if you trust this file, say 'data: {trust_files: true}' in train.yaml; in Python, open it with HDF5Matrix.trusting(...) "
+    "or set HDF5Matrix.allow_external = True"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +91,8 @@ def open_dataset(path: str, name: str, allow_external: bool) -> OpenDataset:
     """Open dataset `name` of the file at `path`, read-only and without locks (shared file systems may lack them).
 
     Raises:
-        DataError: No such file or dataset, not HDF5, no rows, or data in other files without `allow_external`.
+        DataError: No such file or dataset, not HDF5, no rows; or, without `allow_external`, data in other files, or more data
+            than the stored bytes can be.
     """
     with OPENED.lock:
         identity = identity_of(path)
@@ -95,6 +102,7 @@ def open_dataset(path: str, name: str, allow_external: bool) -> OpenDataset:
             dataset = _find(file, name, allow_external)
             if not allow_external:
                 _refuse_other_files(dataset, 0)
+                _refuse_false_claims(dataset)
             if not dataset.shape:
                 raise DataError(f"{path}: dataset {name!r} has no rows: its shape is {dataset.shape}", _listing(file))
             token = (*identity, dataset.name)
@@ -177,9 +185,32 @@ def _refuse_other_files(dataset: h5py.Dataset, depth: int) -> None:
             _refuse_other_files(part, depth + 1)
 
 
+def _refuse_false_claims(dataset: h5py.Dataset) -> None:
+    """Raise when `dataset`, or one that it is put together from, says that it is larger than it can be."""
+    parts = _parts(dataset)
+    for part in parts:
+        _refuse_false_claims(part)
+    backed = sum(backed_bytes(part) for part in parts) if dataset.is_virtual else None
+    wrong = why_not_believable(dataset, backed)
+    if wrong is not None:
+        raise DataError(f"{dataset.file.filename}: dataset {dataset.name!r} is not believable: {wrong}", TRUST)
+
+
+def _parts(dataset: h5py.Dataset) -> list[h5py.Dataset]:
+    """Return the datasets of the same file that a virtual one shows, each once; those of a virtual part in its place."""
+    if not dataset.is_virtual:
+        return []
+    plist = dataset.id.get_create_plist()
+    found: dict[str, h5py.Dataset] = {}
+    for name in {plist.get_virtual_dsetname(i) for i in range(plist.get_virtual_count())}:
+        part = _walk(dataset.file, name, False)
+        for real in (_parts(part) or [part]) if isinstance(part, h5py.Dataset) else []:
+            found[real.name] = real
+    return list(found.values())
+
+
 def _elsewhere(file: h5py.File, name: str, how: str) -> DataError:
-    hint = "if you trust this file, open it with HDF5Matrix.trusting(...) or set HDF5Matrix.allow_external = True"
-    return DataError(f"{file.filename}: dataset {name!r} reads another file: {how}", hint)
+    return DataError(f"{file.filename}: dataset {name!r} reads another file: {how}", TRUST)
 
 
 def _listing(file: h5py.File) -> str:

@@ -136,6 +136,7 @@ class Data(Model):
     normalizer: str | None = None
     classes: Annotated[int, Field(ge=2)] | None = None
     read: Literal["window", "mpio", "independent"] = "window"
+    trust_files: bool = False
     make: str | None = None
 
     @field_validator("files", mode="before")

@@ -54,6 +54,13 @@ def test_defaults_and_round_trip(folder):
     assert read_job(job.model_dump_json()) == job
 
 
+def test_files_are_not_trusted_unless_said(folder):
+    assert not load(folder, GOOD).data.trust_files
+    assert load(folder, GOOD.replace("  y: labels", "  y: labels\n  trust_files: true")).data.trust_files
+    text = GOOD.replace("  y: labels", "  y: labels\n  trust_files: maybe")
+    assert failure(folder, text) == "train.yaml:7:16: data.trust_files: true or false was expected, got 'maybe'"
+
+
 def test_unknown_key_names_place_and_nearest_key(folder):
     text = GOOD.replace("  epochs: 1", "  epoch: 1")
     lines = failure(folder, text).splitlines()
