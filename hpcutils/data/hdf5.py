@@ -20,6 +20,7 @@ from hpcutils.data.chunks import CACHE
 from hpcutils.data.h5file import OPENED, OpenDataset, open_dataset
 from hpcutils.data.keys import KeyPlan, Rows, plan_key
 from hpcutils.data.readers import Reader
+from hpcutils.data.segments import part_of
 from hpcutils.errors import DataError
 
 Normalizer = Callable[[Any], Any]
@@ -86,6 +87,7 @@ class HDF5Matrix:
         self.start, self.end = self._bounds(start, end, reader.shape[0])
         self._file_rows = reader.shape[1:], reader.dtype
         self.chunk_rows = reader.block_rows
+        self.segments = part_of(reader.segments, self.start, self.end)
         self._row_shape, self.dtype = self._probe(reader)
 
     @classmethod

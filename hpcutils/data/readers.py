@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import weakref
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from hpcutils.data.chunks import (
     undo_filters,
 )
 from hpcutils.data.keys import Group, Rows, group_rows, split_runs
+from hpcutils.data.segments import Segment
 from hpcutils.errors import DataError
 
 # The array to fill, the rows of one chunk, and where that chunk starts along the axes after the first.
@@ -49,11 +51,12 @@ HELD_BYTES = CACHE_LEAST_BYTES // 8
 
 
 class Reader(Protocol):
-    """What `HDF5Matrix` asks of a dataset. `block_rows` are the rows that are cheapest read together."""
+    """What `HDF5Matrix` asks of a dataset. `block_rows` are the rows that are cheapest read together; `segments` is all rows."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     block_rows: int
+    segments: tuple[Segment, ...]
 
     def read(self, rows: Rows) -> NDArray[Any]:
         """Return `(len(rows), *shape[1:])`; rows lie in range, in any order, and may repeat."""
@@ -97,6 +100,8 @@ class ChunkReader:
         self._dataset, self._pipeline, self._token = dataset, pipeline, token
         self._chunks: tuple[int, ...] = dataset.chunks
         self._size_bytes = int(np.prod(self._chunks, dtype=np.int64)) * self.dtype.itemsize
+        columns = math.prod(-(-n // c) for n, c in zip(self.shape[1:], self._chunks[1:], strict=True))
+        self.segments: tuple[Segment, ...] = (Segment(self.shape[0], self.block_rows, columns=columns),)
         self._library = LibraryReader(dataset, token)
 
     def read(self, rows: Rows) -> NDArray[Any]:
@@ -183,6 +188,7 @@ class ContiguousReader:
         self.shape, self.dtype = dataset.shape, dataset.dtype
         self._row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
         self.block_rows = max(1, PIECE_BYTES // max(self._row_bytes, 1))
+        self.segments: tuple[Segment, ...] = (Segment(self.shape[0], self.block_rows, chunked=False),)
         self._dataset, self._offset_bytes = dataset, offset_bytes
         # A descriptor of our own: the file may be closed, and its number given to another file, while a thread reads.
         self._descriptor = os.dup(descriptor)
@@ -237,6 +243,7 @@ class LibraryReader:
         self._dataset, self._token = dataset, token
         self._row_bytes = max(1, int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize)
         self.block_rows = dataset.chunks[0] if dataset.chunks else max(1, PIECE_BYTES // self._row_bytes)
+        self.segments: tuple[Segment, ...] = (Segment(self.shape[0], self.block_rows, chunked=bool(dataset.chunks)),)
         self._keeps = bool(dataset.chunks) and not self.dtype.hasobject
 
     def read(self, rows: Rows) -> NDArray[Any]:

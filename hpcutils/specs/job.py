@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from hpcutils.errors import RequestError
 from hpcutils.hashing import DIGEST_LENGTHS
+from hpcutils.specs.references import check_references, listed
 from hpcutils.specs.source import Location, Problem, read_yaml
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -130,8 +131,9 @@ class Data(Model):
     """Where the samples are and which of them train."""
 
     files: tuple[DataFile, ...]
-    x: str
-    y: str
+    # References `file:dataset`; the rows of several follow each other.
+    x: tuple[str, ...]
+    y: tuple[str, ...]
     split: Split = Split()
     normalizer: str | None = None
     classes: Annotated[int, Field(ge=2)] | None = None
@@ -145,6 +147,18 @@ class Data(Model):
         if not value or not isinstance(value, list | tuple):
             raise ValueError("a list of files was expected, each with a 'path' or a 'url'")
         return tuple(value)
+
+    @field_validator("x", "y", mode="before")
+    @classmethod
+    def _references(cls, value: Any) -> Any:
+        return listed(value)
+
+    @field_validator("x", "y")
+    @classmethod
+    def _of_files(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if "files" in info.data:
+            check_references(value, [file.name for file in info.data["files"]])
+        return value
 
     @field_validator("normalizer")
     @classmethod
@@ -164,10 +178,6 @@ class Data(Model):
         names = [file.name for file in self.files]
         if len(set(names)) != len(names):
             raise ValueError(f"two files have the same name: {', '.join(names)}")
-        for reference in (self.x, self.y):
-            file, _, _ = reference.rpartition(":")
-            if file and file not in names:
-                raise ValueError(f"{reference!r} names no file of 'files' ({', '.join(names)})")
         return self
 
     def locate(self, reference: str) -> tuple[str, str]:

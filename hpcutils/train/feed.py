@@ -18,9 +18,10 @@ Batch = tuple[Array, Array, Array]
 
 
 class Source(Protocol):
-    """Where samples come from: the rows of x and y, read together."""
+    """Where samples come from: the rows of x and y, read together. `chunks` is how many chunks they lie in."""
 
     mode: str
+    chunks: int
 
     def begin(self, epoch: int, first_step: int) -> None:
         """Get ready to read an epoch from a step on; the ranks of a node call it together."""
@@ -32,7 +33,7 @@ class Source(Protocol):
         """Return the first sample `rows` times over, at any time."""
 
     def chunks_read(self, epoch: int) -> int:
-        """Return how many chunks of x this rank fetched for an epoch."""
+        """Return how many chunks this rank fetched for an epoch."""
 
     def close(self) -> None:
         """Let go of memory and files; the ranks of a node call it together."""

@@ -18,6 +18,7 @@ from hpcutils.data.collective import CollectiveReader, check_parallel_hdf5
 from hpcutils.data.hdf5 import HDF5Matrix
 from hpcutils.data.node import NodeArray
 from hpcutils.data.order import Cut, Order, Seat
+from hpcutils.data.segments import Matrix, count_chunks, is_chunked
 from hpcutils.data.shared import free_memory_bytes
 from hpcutils.data.windows import WindowReader, window_bytes
 from hpcutils.errors import DataError
@@ -68,7 +69,7 @@ def seats(ranks: Ranks) -> tuple[Seat, Seat | None]:
 
 
 def plan_reading(
-    x: HDF5Matrix, y: HDF5Matrix, order: Order, by_node: Seat | None, read: str, budget_bytes: int
+    x: Matrix, y: Matrix, order: Order, by_node: Seat | None, read: str, budget_bytes: int
 ) -> tuple[ReadPlan, str | None]:
     """Choose how to read; return also why it is not what was asked for, if so.
 
@@ -105,9 +106,10 @@ class RowSource:
         in_memory: Whether to decode all of both first.
     """
 
-    def __init__(self, x: HDF5Matrix, y: HDF5Matrix, node: Any, in_memory: bool) -> None:
+    def __init__(self, x: Matrix, y: Matrix, node: Any, in_memory: bool) -> None:
         self.mode = "memory" if in_memory else "independent"
         self._x, self._y = (NodeArray(matrix, node, in_memory) for matrix in (x, y))
+        self.chunks = count_chunks(x.segments) + count_chunks(y.segments)
 
     def begin(self, epoch: int, first_step: int) -> None:
         """Nothing to do."""
@@ -120,7 +122,7 @@ class RowSource:
         return self._x.read_rows(first), self._y.read_rows(first)
 
     def chunks_read(self, epoch: int) -> int:
-        return self._x.chunks_read if epoch == 0 else 0
+        return self._x.chunks_read + self._y.chunks_read if epoch == 0 else 0
 
     def close(self) -> None:
         self._x.close()
@@ -138,13 +140,19 @@ class WindowSource:
         epochs: Of the job.
     """
 
-    def __init__(self, x: HDF5Matrix, y: HDF5Matrix, plan: ReadPlan, node: Any, epochs: int) -> None:
+    def __init__(self, x: Matrix, y: Matrix, plan: ReadPlan, node: Any, epochs: int) -> None:
         self._x, self._y = x, y
         self._labels = NodeArray(y, node) if plan.y_in_memory else None
         matrices = [x] if plan.y_in_memory else [x, y]
-        together = plan.mode == "mpio" and node is not None
+        # Where only one of both has chunks, what is counted is those.
+        self._counted = [number for number, matrix in enumerate(matrices) if is_chunked(matrix)] or [0]
+        self.chunks = sum(count_chunks(matrices[number].segments) for number in self._counted)
         self.mode: str = plan.mode
-        self._reader = (CollectiveReader if together else WindowReader)(matrices, plan.order, node, epochs)
+        files = [matrix for matrix in matrices if isinstance(matrix, HDF5Matrix)]
+        together = plan.mode == "mpio" and node is not None
+        self._reader: WindowReader = (
+            CollectiveReader(files, plan.order, node, epochs) if together else WindowReader(matrices, plan.order, node, epochs)
+        )
 
     def begin(self, epoch: int, first_step: int) -> None:
         self._reader.begin(epoch, first_step)
@@ -158,7 +166,7 @@ class WindowSource:
         return np.repeat(x, rows, axis=0), np.repeat(y, rows, axis=0)
 
     def chunks_read(self, epoch: int) -> int:
-        return self._reader.chunks_read(epoch)
+        return sum(self._reader.chunks_read(epoch, number) for number in self._counted)
 
     def close(self) -> None:
         self._reader.close()
@@ -166,7 +174,7 @@ class WindowSource:
             self._labels.close()
 
 
-def open_source(x: HDF5Matrix, y: HDF5Matrix, order: Order, ranks: Ranks, read: str, epochs: int) -> tuple[Source, ReadPlan]:
+def open_source(x: Matrix, y: Matrix, order: Order, ranks: Ranks, read: str, epochs: int) -> tuple[Source, ReadPlan]:
     """Choose how to read x and y, agree on it with all ranks, and get ready.
 
     Args:
@@ -179,6 +187,10 @@ def open_source(x: HDF5Matrix, y: HDF5Matrix, order: Order, ranks: Ranks, read: 
     """
     if len(x) != len(y):
         raise DataError(f"x has {len(x)} samples and y has {len(y)}", "both must come from the same split of the same data")
+    if read == "mpio" and not (isinstance(x, HDF5Matrix) and isinstance(y, HDF5Matrix)):
+        read = "window"
+        if ranks.world.rank == 0:
+            LOGGER.warning("'read: mpio' takes one file for x and one for y: lists of files are read in windows")
     by_count, by_node = seats(ranks)
     order = replace(order, seat=by_count)
     # Free memory changes while ranks look at it, and nodes differ: the least decides for all.
@@ -194,7 +206,7 @@ def open_source(x: HDF5Matrix, y: HDF5Matrix, order: Order, ranks: Ranks, read: 
     return RowSource(x, y, ranks.node_comm, plan.mode == "memory"), plan
 
 
-def agree(plan: ReadPlan, matrices: tuple[HDF5Matrix, HDF5Matrix], ranks: Ranks) -> None:
+def agree(plan: ReadPlan, matrices: tuple[Matrix, Matrix], ranks: Ranks) -> None:
     """Compare the plan over ranks: a disagreement is an error here, and would be a hang later."""
     plans = ranks.gather((plan.mode, *plan.order.digest(), *((matrix.shape, str(matrix.dtype)) for matrix in matrices)))
     for rank, other in enumerate(plans):

@@ -258,12 +258,12 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         )
 
     def _data_facts(self, epoch: int) -> dict[str, Any]:
-        """Return how x was read, how often its chunks were fetched over all ranks, and the longest wait of a rank for its data."""
-        source, layout = self.training.source, self.training.order.layout
+        """Return how data was read, how often its chunks were fetched over all ranks, and the longest wait of a rank for it."""
+        source = self.training.source
         chunks = sum(self.ranks.gather(source.chunks_read(epoch)))
         return {
             "read": source.mode,
-            "chunks_read": round(chunks / layout.chunks, 4),
+            "chunks_read": round(chunks / source.chunks, 4),
             "wait_s": round(max(self.ranks.gather(self._train.runner.wait_s)), 4),
         }
 

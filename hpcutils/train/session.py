@@ -16,9 +16,10 @@ import keras
 
 from hpcutils import fs
 from hpcutils.data.hdf5 import HDF5Matrix
+from hpcutils.data.joined import JoinedMatrix, join
 from hpcutils.data.order import Order
 from hpcutils.data.quality import BADLY_MIXED, measure
-from hpcutils.data.windows import layout_of
+from hpcutils.data.segments import Matrix, layout_of
 from hpcutils.errors import HpcutilsError, JobFailedError, SpecError
 from hpcutils.log import LOGGER
 from hpcutils.models.custom_objects import CustomObjectScope
@@ -120,7 +121,7 @@ def open_data(job: Job, run: RunDirectory, ranks: Ranks, staged: dict[str, Stage
     feeds: list[Feed] = []
 
     def opened(name: str, part: tuple[int, int | None], shuffle: bool) -> Feed:
-        x, y = (ranks.together(lambda ref=ref: _open(job, staged, ref, part)) for ref in (job.data.x, job.data.y))  # type: ignore[misc]
+        x, y = (ranks.together(lambda refs=refs: _open(job, staged, refs, part)) for refs in (job.data.x, job.data.y))  # type: ignore[misc]
         order = Order(layout_of(x), job.training.batch_size, seed=job.training.seed, shuffle=shuffle)
         source, plan = open_source(x, y, order, ranks, job.data.read, job.training.epochs)
         if ranks.world.rank == 0:
@@ -138,7 +139,7 @@ def open_data(job: Job, run: RunDirectory, ranks: Ranks, staged: dict[str, Stage
         feed.close()
 
 
-def look_at_mixing(order: Order, labels: HDF5Matrix) -> None:
+def look_at_mixing(order: Order, labels: Matrix) -> None:
     """Log how well the order mixes; warn where the file is sorted by label, and of what becomes of that."""
     if not order.shuffle or labels.row_bytes > MOST_LABEL_BYTES or labels.dtype.kind not in "iufb":
         return
@@ -151,11 +152,12 @@ def look_at_mixing(order: Order, labels: HDF5Matrix) -> None:
         )
 
 
-def _open(job: Job, staged: dict[str, Staged], reference: str, part: tuple[int, int | None]) -> HDF5Matrix:
-    file, dataset = job.data.locate(reference)
-    start, end = part
+def _open(
+    job: Job, staged: dict[str, Staged], references: tuple[str, ...], part: tuple[int, int | None]
+) -> HDF5Matrix | JoinedMatrix:
+    located = [job.data.locate(reference) for reference in references]
     open_matrix = HDF5Matrix.trusting if job.data.trust_files else HDF5Matrix
-    return open_matrix(str(staged[file].path), dataset, start, end)
+    return join([(str(staged[file].path), dataset) for file, dataset in located], *part, open_matrix)
 
 
 def build_model(job: Job, code: Path) -> Any:

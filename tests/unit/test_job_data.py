@@ -30,6 +30,6 @@ def test_files_that_are_trusted_may_claim_and_lead_elsewhere(tmp_path):
     given = {"files": [{"path": "a.h5"}], "x": "x"}
     for name, part in (("x", (0, None)), ("y", (2, 7))):
         with pytest.raises(DataError, match=r"trust_files: true"):
-            _open(job(**given), staged(tmp_path), name, part)
-        matrix = _open(job(**given, trust_files=True), staged(tmp_path), name, part)
+            _open(job(**given), staged(tmp_path), (name,), part)
+        matrix = _open(job(**given, trust_files=True), staged(tmp_path), (name,), part)
         assert len(matrix) == (10**9 if name == "x" else 5)

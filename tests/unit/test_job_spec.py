@@ -54,6 +54,13 @@ def test_defaults_and_round_trip(folder):
     assert read_job(job.model_dump_json()) == job
 
 
+def test_datasets_may_be_lists(folder):
+    job = load(folder, GOOD.replace("  x: images", "  x:\n    - data.h5:images\n    - data.h5:more/images"))
+    assert [job.data.locate(reference) for reference in job.data.x] == [("data.h5", "images"), ("data.h5", "more/images")]
+    assert job.data.y == ("labels",)
+    assert read_job(job.model_dump_json()) == job
+
+
 def test_files_are_not_trusted_unless_said(folder):
     assert not load(folder, GOOD).data.trust_files
     assert load(folder, GOOD.replace("  y: labels", "  y: labels\n  trust_files: true")).data.trust_files
@@ -107,7 +114,17 @@ def test_missing_data_is_fine_when_the_job_makes_it(folder):
         ("batch_size: 8", "batch_size: 0", "11:15", "1 or more was expected, got 0"),
         ("- path: data.h5", "- url: ftp://x/data.h5", "4:12", "http, https or file URL was expected"),
         ("- path: data.h5", "- url: https://x/data.h5", "4:7", "a file by URL needs its 'sha256'"),
-        ("  x: images", "  x: other.h5:images", "3:3", "names no file of 'files'"),
+        ("  x: images", "  x: other.h5:images", "5:6", "names no file of 'files'"),
+        (
+            "  x: images",
+            "  x:\n    - data.h5:images\n    - other.h5:images",
+            "6:5",
+            "'other.h5:images' names no file of 'files' (data.h5)",
+        ),
+        ("  x: images", "  x: ['data.h5:images', more]", "5:6", "'more' names no file: in a list each is 'file:dataset'"),
+        ("  x: images", "  x: ['data.h5:']", "5:6", "'data.h5:' names no dataset"),
+        ("  x: images", "  x: []", "5:6", "the name of a dataset, or a list of them, was expected, got []"),
+        ("  x: images", "  x: [data.h5:images, 3]", "5:23", "data.x.1: text was expected, got 3"),
         ("loss: mse", "loss: mse\n  optimizer: {learning_rate: 0.1}", "13:14", "needs its 'name'"),
         ("loss: mse", "loss: mse\nresources: {time: 1h}", "13:19", "HH:MM:SS"),
         ("loss: mse", "loss: mse\nresources: {devices: tpu}", "13:22", "'gpu' or 'simulated'"),
