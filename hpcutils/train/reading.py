@@ -18,7 +18,7 @@ from hpcutils.data.collective import CollectiveReader, check_parallel_hdf5
 from hpcutils.data.hdf5 import HDF5Matrix
 from hpcutils.data.node import NodeArray
 from hpcutils.data.order import Cut, Order, Seat
-from hpcutils.data.segments import Matrix, count_chunks, is_chunked
+from hpcutils.data.segments import Matrix, count_chunks, is_chunked, times_fetched
 from hpcutils.data.shared import free_memory_bytes
 from hpcutils.data.windows import WindowReader, window_bytes
 from hpcutils.errors import DataError
@@ -201,9 +201,29 @@ def open_source(x: Matrix, y: Matrix, order: Order, ranks: Ranks, read: str, epo
     agree(plan, (x, y), ranks)
     if plan.mode == "mpio":
         ranks.together(check_parallel_hdf5)
+    if ranks.world.rank == 0:
+        look_at_borders(plan, x, y)
     if plan.mode in ("window", "mpio"):
         return WindowSource(x, y, plan, ranks.node_comm, epochs), plan
     return RowSource(x, y, ranks.node_comm, plan.mode == "memory"), plan
+
+
+def look_at_borders(plan: ReadPlan, x: Matrix, y: Matrix) -> None:
+    """Warn of chunks that windows fetch more than once an epoch, since the chunks of x and y have no borders in common."""
+    if plan.mode not in ("window", "mpio"):
+        return
+    for name, matrix in [("x", x)] + ([] if plan.y_in_memory else [("y", y)]):
+        times = times_fetched(plan.order.layout, matrix)
+        if times > 1.01:
+            LOGGER.warning(
+                "the chunks of %s are fetched %.2f times an epoch: those of x have %s rows, those of y %s, and few begin at "
+                "the same sample; write one as a multiple of the other",
+                *(name, times, *(_chunk_sizes(matrix) for matrix in (x, y))),
+            )
+
+
+def _chunk_sizes(matrix: Matrix) -> str:
+    return " or ".join(map(str, sorted({segment.chunk_rows for segment in matrix.segments})))
 
 
 def agree(plan: ReadPlan, matrices: tuple[Matrix, Matrix], ranks: Ranks) -> None:

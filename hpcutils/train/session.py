@@ -122,7 +122,7 @@ def open_data(job: Job, run: RunDirectory, ranks: Ranks, staged: dict[str, Stage
 
     def opened(name: str, part: tuple[int, int | None], shuffle: bool) -> Feed:
         x, y = (ranks.together(lambda refs=refs: _open(job, staged, refs, part)) for refs in (job.data.x, job.data.y))  # type: ignore[misc]
-        order = Order(layout_of(x), job.training.batch_size, seed=job.training.seed, shuffle=shuffle)
+        order = Order(layout_of(x, y), job.training.batch_size, seed=job.training.seed, shuffle=shuffle)
         source, plan = open_source(x, y, order, ranks, job.data.read, job.training.epochs)
         if ranks.world.rank == 0:
             LOGGER.info("%s: %d samples, %d steps of %d, read: %s", name, len(x), order.steps, order.batch_size, plan)

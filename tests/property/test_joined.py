@@ -19,6 +19,7 @@ from hpcutils.data.schedule import epoch_order
 from hpcutils.data.segments import count_chunks, layout_of, times_fetched
 from hpcutils.data.windows import WindowReader
 from hpcutils.errors import DataError
+from hpcutils.train.reading import ReadPlan, look_at_borders
 
 # Rows of each file, and of its chunks; None is one plain block.
 FILES = ((47, 8), (3, 8), (64, 8), (30, 12), (25, None), (0, 8), (8, 8))
@@ -143,3 +144,59 @@ def test_what_does_not_fit_together_is_named(sources, tmp_path):
     ):
         with pytest.raises(IndexError):
             call()
+
+
+@pytest.mark.parametrize(
+    ("x_rows", "y_rows", "start", "times"),
+    [
+        (8, 500, 0, 1),
+        (8, 500, 5, 1),
+        (500, 8, 13, 1),
+        (6, 8, 3, 1),
+        (8, None, 3, 1),
+        (None, 500, 5, 1),
+        (99, 500, 0, 1.2),
+        (1, 64, 0, 1),
+    ],
+)
+def test_x_and_y_are_read_along_common_borders(tmp_path, x_rows, y_rows, start, times, caplog):
+    """y is not in memory; before, each of its 8 chunks of 500 rows was fetched for each of the 500 chunks of x."""
+    numbers = np.arange(4000)
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        for name, rows, array in (("x", x_rows, np.repeat(numbers[:, None], 8, 1)), ("y", y_rows, numbers)):
+            options = {"chunks": (rows, *array.shape[1:]), "compression": "gzip"} if rows else {}
+            file.create_dataset(name, data=array, **options)
+    x, y = HDF5Matrix(tmp_path / "data.h5", "x", start), HDF5Matrix(tmp_path / "data.h5", "y", start)
+    # Of x and y together a piece of 2000 rows, and none of 49,500, has room.
+    with patch.object(shards, "POOL_BYTES", 24 * 2000 * 72):
+        epoch_order.cache_clear()
+        layout = layout_of(x, y)
+        order = Order(layout, 64, seed=1)
+        reader = WindowReader([x, y], order, None, 1)
+        reader.begin(0)
+        plan = order.epoch(0)
+        for step in range(order.steps):
+            cut = plan.cut(step)
+            for rows, width in zip(reader.read(step, cut), (8, 1), strict=True):
+                np.testing.assert_array_equal(rows.reshape(-1, width)[:, 0], cut.rows + start)
+        for number, (matrix, rows) in enumerate(((x, x_rows), (y, y_rows))):
+            once = count_chunks(matrix.segments)
+            if rows:
+                assert reader.chunks_read(0, number) == round(once * times_fetched(layout, matrix))
+                assert times_fetched(layout, matrix) <= times
+        reader.close()
+    plan = ReadPlan("window", False, order, 0)
+    look_at_borders(plan, x, y)
+    assert ("fetched" in caplog.text) == (times > 1)
+    if times > 1:
+        assert "the chunks of x are fetched 1.17 times an epoch: those of x have 99 rows, those of y 500" in caplog.text
+
+
+def test_the_borders_follow_from_the_files_alone(tmp_path):
+    """Labels in few large chunks do not make the chunks of the order so large that it has few shards left."""
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        file.create_dataset("x", (1 << 20, 3072), "f4", chunks=(64, 3072), compression="gzip")
+        file.create_dataset("y", (1 << 20,), "i8", chunks=(1 << 19,), compression="gzip")
+    x, y = HDF5Matrix.trusting(tmp_path / "data.h5", "x"), HDF5Matrix(tmp_path / "data.h5", "y")
+    assert layout_of(x, y) == layout_of(x)
+    assert times_fetched(layout_of(x, y), y) == (1 << 20) // 64 / 2
