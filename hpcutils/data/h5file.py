@@ -19,10 +19,12 @@ import h5py
 
 from hpcutils.data.claims import backed_bytes, why_not_believable
 from hpcutils.data.readers import Reader, Token, choose_reader
+from hpcutils.data.views import RowRun, ViewReader, row_runs
 from hpcutils.errors import DataError
 
 # Device, inode, time of change in nanoseconds, bytes: differs when the file at a path was replaced or written.
 Identity: TypeAlias = tuple[int, int, int, int]
+Sources: TypeAlias = "tuple[tuple[str, OpenDataset], ...]"
 
 MAX_SOFT_LINKS = 32
 MAX_VIRTUAL_DEPTH = 8
@@ -34,17 +36,25 @@ TRUST = (
 
 @dataclass(frozen=True, eq=False)
 class OpenDataset:
-    """A dataset of an open file, as one process sees it."""
+    """A dataset of an open file, as one process sees it; `sources` are those of other files that it shows, by path."""
 
     file: h5py.File
     reader: Reader
     identity: Identity
     token: Token
+    sources: tuple[tuple[str, OpenDataset], ...] = ()
     pid: int = field(default_factory=os.getpid)
 
     def is_current(self, path: str) -> bool:
         """Tell whether this process opened it and the file at `path` is still the same."""
-        return self.pid == os.getpid() and self.identity == identity_of(path)
+        same = self.pid == os.getpid() and self.identity == identity_of(path)
+        return same and all(source.is_current(its_path) for its_path, source in self.sources)
+
+    def close(self) -> None:
+        """Let go of the file, and of the sources'."""
+        self.file.close()
+        for _, source in self.sources:
+            source.close()
 
 
 class _Opened:
@@ -66,7 +76,7 @@ class _Opened:
         for handle in list(self.handles):
             rewritten = handle.identity[:2] == identity[:2] and handle.identity != identity
             if handle.pid != os.getpid() or rewritten:
-                handle.file.close()
+                handle.close()
                 self.handles.discard(handle)
 
 
@@ -106,12 +116,52 @@ def open_dataset(path: str, name: str, allow_external: bool) -> OpenDataset:
             if not dataset.shape:
                 raise DataError(f"{path}: dataset {name!r} has no rows: its shape is {dataset.shape}", _listing(file))
             token = (*identity, dataset.name)
-            handle = OpenDataset(file, choose_reader(file, dataset, token), identity, token)
+            reader, sources = _reader_of(file, dataset, token, 0)
+            handle = OpenDataset(file, reader, identity, token, sources)
         except BaseException:
             file.close()
             raise
         OPENED.handles.add(handle)
         return handle
+
+
+def _reader_of(file: h5py.File, dataset: h5py.Dataset, token: Token, depth: int) -> tuple[Reader, Sources]:
+    """Return the reader of a dataset that may be read, and what it opened of other files; the caller closes that."""
+    readable = dataset.is_virtual and file.id.get_intent() == h5py.h5f.ACC_RDONLY and depth < MAX_VIRTUAL_DEPTH
+    runs = row_runs(dataset) if readable else None
+    opened: dict[tuple[str, str], tuple[Reader, Sources]] = {}
+    for run in runs or []:
+        key = (run.file, run.dataset)
+        found = opened.get(key) or _source_of(file, run, token, depth)
+        if found is None or found[0].shape[1:] != dataset.shape[1:] or found[0].dtype != dataset.dtype:
+            break
+        opened[key] = found
+        there = found[0].shape[0]
+        if run.first + run.rows > there or (run.all and run.rows != there):
+            break
+    else:
+        if runs:
+            readers = [opened[run.file, run.dataset][0] for run in runs]
+            return ViewReader(runs, readers, dataset.shape), tuple(s for _, more in opened.values() for s in more)
+    for _, sources in opened.values():
+        for _, source in sources:
+            source.close()
+    return choose_reader(file, dataset, token), ()
+
+
+def _source_of(file: h5py.File, run: RowRun, token: Token, depth: int) -> tuple[Reader, Sources] | None:
+    """Return the reader of a virtual dataset's source, and what it opened; `None` where HDF5 must say what is there."""
+    if run.file == ".":
+        part = _walk(file, run.dataset, True)
+        return _reader_of(file, part, (*token, part.name), depth + 1) if isinstance(part, h5py.Dataset) and part.shape else None
+    if "HDF5_VDS_PREFIX" in os.environ:
+        return None
+    path = str(Path(file.filename).parent / run.file)
+    try:
+        source = open_dataset(path, run.dataset, True)
+    except DataError:  # a source that is missing is legal
+        return None
+    return source.reader, ((path, source),)
 
 
 def _open_file(path: str) -> h5py.File:

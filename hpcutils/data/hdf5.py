@@ -209,7 +209,7 @@ class HDF5Matrix:
         handle, self._handle = self._handle, None
         if handle is not None and handle.pid == os.getpid():
             with OPENED.lock:
-                handle.file.close()
+                handle.close()
             CACHE.drop(handle.token)
 
     def __enter__(self) -> HDF5Matrix:
