@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from hpcutils.data.codecs import need_filters
 from hpcutils.data.hdf5 import HDF5Matrix
 from hpcutils.data.order import Order
 from hpcutils.data.schedule import Task
@@ -98,6 +99,8 @@ class CollectiveReader(WindowReader):
 def _open_together(matrix: HDF5Matrix, node: Any) -> h5py.Dataset:
     """Open a matrix' dataset on all ranks; `HDF5Matrix` has looked at it, so that it leads to no other file."""
     try:
-        return h5py.File(matrix.datapath, "r", driver="mpio", comm=node)[matrix.dataset]
+        dataset = h5py.File(matrix.datapath, "r", driver="mpio", comm=node)[matrix.dataset]
     except OSError as exc:
         raise DataError(f"{matrix.datapath}: cannot be opened by MPI-IO: {exc}") from exc
+    need_filters(dataset)
+    return dataset

@@ -1,6 +1,6 @@
 """Three ways to read rows of an HDF5 dataset; `choose_reader` picks the fastest that the dataset allows.
 
-    ChunkReader       chunks with deflate and shuffle, or no filter: stored bytes from HDF5, filters undone in `chunks`
+    ChunkReader       chunks with deflate, zstd, lz4, blosc, shuffle, or no filter: stored bytes from HDF5, undone in `chunks`
     ContiguousReader  one plain block: slices by HDF5, scattered rows with `preadv`
     LibraryReader     anything else (other filters, strings, compounds, virtual datasets): HDF5 itself, chunk by chunk
 
@@ -25,14 +25,15 @@ from numpy.typing import NDArray
 from hpcutils.data.chunks import (
     CACHE,
     CACHE_LEAST_BYTES,
-    KNOWN_PIPELINES,
     SHUFFLE,
     WORKERS,
     Inflated,
     copy_rows,
+    is_known,
     take_rows,
     undo_filters,
 )
+from hpcutils.data.codecs import need_filters
 from hpcutils.data.keys import Group, Rows, group_rows, split_runs
 from hpcutils.data.segments import Segment
 from hpcutils.errors import DataError
@@ -72,7 +73,7 @@ def choose_reader(file: h5py.File, dataset: h5py.Dataset, token: Token) -> Reade
     # A file that is also open for writing in this process may have rows that are not in the file yet.
     if not _is_plain(dataset) or file.id.get_intent() != h5py.h5f.ACC_RDONLY:
         return LibraryReader(dataset, token)
-    if dataset.chunks and tuple(code for code, *_ in filters) in KNOWN_PIPELINES and _shuffles_elements(filters, dataset):
+    if dataset.chunks and is_known(tuple(code for code, *_ in filters)) and _shuffles_elements(filters, dataset):
         return ChunkReader(dataset, tuple(code for code, *_ in filters), token)
     offset = dataset.id.get_offset() if plist.get_layout() == h5py.h5d.CONTIGUOUS else None
     if offset is not None and plist.get_external_count() == 0 and file.driver == "sec2":
@@ -92,7 +93,7 @@ def _shuffles_elements(filters: list[Any], dataset: h5py.Dataset) -> bool:
 
 
 class ChunkReader:
-    """Reads a chunked dataset of plain numbers, unfiltered or with shuffle and deflate."""
+    """Reads a chunked dataset of plain numbers, unfiltered, shuffled, or compressed in one of the known ways."""
 
     def __init__(self, dataset: h5py.Dataset, pipeline: tuple[int, ...], token: Token) -> None:
         self.shape, self.dtype = dataset.shape, dataset.dtype
@@ -102,12 +103,11 @@ class ChunkReader:
         self._size_bytes = int(np.prod(self._chunks, dtype=np.int64)) * self.dtype.itemsize
         columns = math.prod(-(-n // c) for n, c in zip(self.shape[1:], self._chunks[1:], strict=True))
         self.segments: tuple[Segment, ...] = (Segment(self.shape[0], self.block_rows, columns=columns),)
-        self._library = LibraryReader(dataset, token)
 
     def read(self, rows: Rows) -> NDArray[Any]:
         """Return the rows, each chunk fetched and inflated once."""
         if not self._pipeline and isinstance(rows, range) and rows.step == 1:
-            return self._library.read(rows)  # nothing to undo: HDF5 reads straight into the array
+            return library_read(self._dataset, slice(rows.start, rows.stop))  # nothing to undo: HDF5 reads straight into the array
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
         if out.size == 0:
             return out
@@ -237,6 +237,7 @@ class LibraryReader:
     """Reads any dataset through h5py, whole chunks at a time where rows are scattered."""
 
     def __init__(self, dataset: h5py.Dataset, token: Token) -> None:
+        need_filters(dataset)
         empty = library_read(dataset, slice(0, 0))
         # Array types put their axes behind the dataset's own: only a read tells.
         self.shape, self.dtype = (dataset.shape[0], *empty.shape[1:]), empty.dtype
