@@ -1,7 +1,8 @@
 """Opening an HDF5 dataset for reading: one handle a process, opened again when the file was replaced, and no traps.
 
 A file can point elsewhere: external links, external storage and virtual datasets make HDF5 open any other file of the host
-that the user may read. They are refused unless the caller asked for them, before HDF5 follows them.
+that the user may read. They are refused unless the caller asked for them, before HDF5 follows them. So are datasets that claim to
+be larger than what is stored of them can be (`hpcutils.data.claims`).
 """
 
 from __future__ import annotations
@@ -21,30 +22,44 @@ import h5py
 from h5py._objects import phil
 
 from hpcutils.data.arriving import NO_DEVICE, ByteSource, SourceFile, source_identity
+from hpcutils.data.claims import backed_bytes, why_not_believable
 from hpcutils.data.readers import Reader, Token, choose_reader
+from hpcutils.data.views import RowRun, ViewReader, row_runs
 from hpcutils.errors import DataError
 
 # Device, inode, bytes, times of change of the data and of the inode (ns): differs when the file at a path was replaced or
 # written. Tools that copy times can restore the former, not the latter; a new link or other rights change it, too, and cost
 # one opening.
 Identity: TypeAlias = tuple[int, int, int, int, int]
+Sources: TypeAlias = "tuple[tuple[str, OpenDataset], ...]"
 
 # What h5py does when it is not told, none, HDF5's strict locks, and those that pass over file systems without any.
 LOCKINGS: tuple[bool | str | None, ...] = (None, False, True, "best-effort")
 
 MAX_SOFT_LINKS = 32
 MAX_VIRTUAL_DEPTH = 8
+TRUST = (
+    "if you trust this file, say 'data: {trust_files: true}' in train.yaml; in Python, open it with HDF5Matrix.trusting(...) "
+    "or set HDF5Matrix.allow_external = True"
+)
+ARRIVES = "a file can only read others when it is there: with 'stage: before' in train.yaml, and then with 'trust_files: true'"
 
 
 @dataclass(eq=False)
 class OpenDataset:
-    """A dataset of an open file, as one process sees it; `is_shut` once `shut` closed it, maybe under a thread that reads."""
+    """A dataset of an open file, as one process sees it.
+
+    Attributes:
+        sources: The datasets of other files that it shows, by path.
+        is_shut: Whether `shut` closed it, maybe under a thread that reads.
+    """
 
     file: h5py.File
     reader: Reader
     identity: Identity
     token: Token
     process: object
+    sources: Sources = ()
     is_shut: bool = False
 
     def is_ours(self) -> bool:
@@ -55,6 +70,9 @@ class OpenDataset:
         """Tell whether this process opened it and the file at `path` is still the same: 2 us, most of it for `stat`.
 
         One that arrives is current as long as there is none at `path`.
+
+        Raises:
+            DataError: A source is gone: HDF5 would make up its rows.
         """
         if self.is_shut or self.process is not OPENED.process:
             return False
@@ -62,17 +80,24 @@ class OpenDataset:
             status = os.stat(path)  # noqa: PTH116 - asked for each request
         except OSError:
             return self.is_arriving  # opening says why
-        return self.identity == _identity(status)
+        same = self.identity == _identity(status)
+        return same and (not self.sources or all(identity_of(there) and source.is_current(there) for there, source in self.sources))
 
     @property
     def is_arriving(self) -> bool:
         """Whether its bytes come from a `ByteSource`."""
         return self.identity[0] == NO_DEVICE
 
+    def was_shut(self) -> bool:
+        """Tell whether a read may have failed because a file was closed under it: its own, or a source's."""
+        return self.is_shut or any(source.was_shut() for _, source in self.sources)
+
     def shut(self) -> None:
-        """Close the file. The flag comes first: a read that fails because of this finds it set."""
+        """Close the file, and the sources'. The flag comes first: a read that fails because of this finds it set."""
         self.is_shut = True
         self.file.close()
+        for _, source in self.sources:
+            source.shut()
 
 
 class _Opened:
@@ -136,7 +161,8 @@ def open_dataset(path: str, name: str, allow_external: bool, source: ByteSource 
         source: Its bytes, as long as it is not there.
 
     Raises:
-        DataError: No such file or dataset, not HDF5, no rows, or data in other files without `allow_external`.
+        DataError: No such file or dataset, not HDF5, no rows; or, without `allow_external`, data in other files, or more data
+            than the stored bytes can be. A file that arrives never reads others.
     """
     with OPENED.lock:
         if source is not None and Path(path).exists():
@@ -145,18 +171,70 @@ def open_dataset(path: str, name: str, allow_external: bool, source: ByteSource 
         OPENED.close_stale(identity)
         file = _open_file(path, source)
         try:
-            dataset = _find(file, name, allow_external)
-            if not allow_external:
+            may_lead_out = allow_external and source is None
+            dataset = _find(file, name, may_lead_out)
+            if not may_lead_out:
                 _refuse_other_files(dataset, 0)
+            if not allow_external:
+                _refuse_false_claims(dataset)
             if not dataset.shape:
                 raise DataError(f"{path}: dataset {name!r} has no rows: its shape is {dataset.shape}", _listing(file))
             token = (*identity, dataset.name)
-            handle = OpenDataset(file, choose_reader(file, dataset, token, source), identity, token, OPENED.process)
+            reader, sources = _reader_of(file, dataset, token, 0, source)
+            handle = OpenDataset(file, reader, identity, token, OPENED.process, sources)
         except BaseException:
             file.close()
             raise
         OPENED.handles.add(handle)
         return handle
+
+
+def _reader_of(
+    file: h5py.File, dataset: h5py.Dataset, token: Token, depth: int, bytes_of: ByteSource | None
+) -> tuple[Reader, Sources]:
+    """Return the reader of a dataset that may be read, and what it opened of other files; the caller closes that.
+
+    `bytes_of` is where the bytes of a file come from that arrives; it reads no other file.
+    """
+    readable = dataset.is_virtual and file.id.get_intent() == h5py.h5f.ACC_RDONLY and depth < MAX_VIRTUAL_DEPTH
+    runs = row_runs(dataset) if readable else None
+    opened: dict[tuple[str, str], tuple[Reader, Sources]] = {}
+    for run in runs or []:
+        key = (run.file, run.dataset)
+        found = opened.get(key) or _source_of(file, run, token, depth, bytes_of)
+        if found is None or found[0].shape[1:] != dataset.shape[1:] or found[0].dtype != dataset.dtype:
+            break
+        opened[key] = found
+        there = found[0].shape[0]
+        if run.first + run.rows > there or (run.all and run.rows != there):
+            break
+    else:
+        if runs:
+            readers = [opened[run.file, run.dataset][0] for run in runs]
+            return ViewReader(runs, readers, dataset.shape), tuple(s for _, more in opened.values() for s in more)
+    for _, sources in opened.values():
+        for _, source in sources:
+            source.shut()
+    return choose_reader(file, dataset, token, bytes_of), ()
+
+
+def _source_of(
+    file: h5py.File, run: RowRun, token: Token, depth: int, bytes_of: ByteSource | None
+) -> tuple[Reader, Sources] | None:
+    """Return the reader of a virtual dataset's source, and what it opened; `None` where HDF5 must say what is there."""
+    if run.file == ".":
+        part = _walk(file, run.dataset, True)
+        if not isinstance(part, h5py.Dataset) or not part.shape:
+            return None
+        return _reader_of(file, part, (*token, part.name), depth + 1, bytes_of)
+    if "HDF5_VDS_PREFIX" in os.environ:
+        return None
+    path = str(Path(file.filename).parent / run.file)
+    try:
+        source = open_dataset(path, run.dataset, True)
+    except DataError:  # a source that is missing is legal
+        return None
+    return source.reader, ((path, source),)
 
 
 def _open_file(path: str, source: ByteSource | None) -> h5py.File:
@@ -262,8 +340,32 @@ def _refuse_other_files(dataset: h5py.Dataset, depth: int) -> None:
             _refuse_other_files(part, depth + 1)
 
 
+def _refuse_false_claims(dataset: h5py.Dataset) -> None:
+    """Raise when `dataset`, or one that it is put together from, says that it is larger than it can be."""
+    parts = _parts(dataset)
+    for part in parts:
+        _refuse_false_claims(part)
+    backed = sum(backed_bytes(part) for part in parts) if dataset.is_virtual else None
+    wrong = why_not_believable(dataset, backed)
+    if wrong is not None:
+        raise DataError(f"{dataset.file.filename}: dataset {dataset.name!r} is not believable: {wrong}", TRUST)
+
+
+def _parts(dataset: h5py.Dataset) -> list[h5py.Dataset]:
+    """Return the datasets of the same file that a virtual one shows, each once; those of a virtual part in its place."""
+    if not dataset.is_virtual:
+        return []
+    plist = dataset.id.get_create_plist()
+    found: dict[str, h5py.Dataset] = {}
+    for name in {plist.get_virtual_dsetname(i) for i in range(plist.get_virtual_count())}:
+        part = _walk(dataset.file, name, False)
+        for real in (_parts(part) or [part]) if isinstance(part, h5py.Dataset) else []:
+            found[real.name] = real
+    return list(found.values())
+
+
 def _elsewhere(file: h5py.File, name: str, how: str) -> DataError:
-    hint = "if you trust this file, open it with HDF5Matrix.trusting(...) or set HDF5Matrix.allow_external = True"
+    hint = ARRIVES if file.driver == "fileobj" else TRUST
     return DataError(f"{file.filename}: dataset {name!r} reads another file: {how}", hint)
 
 

@@ -21,6 +21,7 @@ from hpcutils.data.chunks import CACHE
 from hpcutils.data.h5file import OPENED, OpenDataset, open_dataset
 from hpcutils.data.keys import KeyPlan, Rows, plan_key
 from hpcutils.data.readers import Reader
+from hpcutils.data.segments import part_of
 from hpcutils.errors import DataError
 
 T = TypeVar("T")
@@ -90,7 +91,8 @@ class HDF5Matrix:
         reader = self._handle.reader
         self.start, self.end = self._bounds(start, end, reader.shape[0])
         self._file_rows = reader.shape[1:], reader.dtype
-        self.chunk_rows, self.chunk_pieces = reader.block_rows, reader.block_pieces
+        self.chunk_rows = reader.block_rows
+        self.segments = part_of(reader.segments, self.start, self.end)
         self._row_shape, self.dtype = self._probe(reader)
 
     @classmethod
@@ -300,7 +302,7 @@ class HDF5Matrix:
             try:
                 return call(handle.reader)
             except DataError:
-                if not handle.is_shut:
+                if not handle.was_shut():
                     raise
 
     def _refuse_other_rows(self, reader: Reader) -> None:
@@ -323,7 +325,7 @@ class HDF5Matrix:
             try:
                 rows = handle.reader.read_range(self.start + first, self.start + stop)
             except DataError:
-                if not handle.is_shut:
+                if not handle.was_shut():
                     raise
             else:
                 return rows if self.normalizer is None else self._normalized(rows, stop - first)

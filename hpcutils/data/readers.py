@@ -1,7 +1,7 @@
 """Three ways to read rows of an HDF5 dataset; `choose_reader` picks the fastest that the dataset allows.
 
     StoredReader      rows that lie in the file as they are, in one block or in chunks without filters: `preadv`
-    ChunkReader       chunks with deflate and shuffle: stored bytes from HDF5, filters undone in `chunks`
+    ChunkReader       chunks with deflate, zstd, lz4, blosc, shuffle: stored bytes from HDF5, filters undone in `chunks`
     LibraryReader     anything else (other filters, strings, compounds, virtual datasets): HDF5 itself, chunk by chunk
 
 Where the file is still arriving, the bytes of all three come from a `ByteSource`: HDF5 itself has it as its file.
@@ -29,15 +29,17 @@ from hpcutils.data.arriving import ByteSource, ChunkPlaces, places_of
 from hpcutils.data.chunks import (
     CACHE,
     CACHE_LEAST_BYTES,
-    KNOWN_PIPELINES,
     SHUFFLE,
     WORKERS,
     Inflated,
     copy_rows,
+    is_known,
     take_rows,
     undo_filters,
 )
+from hpcutils.data.codecs import need_filters
 from hpcutils.data.keys import Group, Rows, group_rows, split_runs
+from hpcutils.data.segments import Segment
 from hpcutils.errors import DataError
 
 # The array to fill, the rows of one chunk, and where that chunk starts along the axes after the first.
@@ -58,17 +60,12 @@ HELD_BYTES = CACHE_LEAST_BYTES // 8
 
 
 class Reader(Protocol):
-    """What `HDF5Matrix` asks of a dataset.
-
-    Attributes:
-        block_rows: The rows that are cheapest read together.
-        block_pieces: What `read_into` counts for them: the chunks that rows are cut into, or 1.
-    """
+    """What `HDF5Matrix` asks of a dataset. `block_rows` are the rows that are cheapest read together; `segments` is all rows."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     block_rows: int
-    block_pieces: int
+    segments: tuple[Segment, ...]
 
     def read(self, rows: Rows) -> NDArray[Any]:
         """Return `(len(rows), *shape[1:])`; rows lie in range, in any order, and may repeat."""
@@ -91,7 +88,7 @@ def choose_reader(file: h5py.File, dataset: h5py.Dataset, token: Token, source: 
     blocks = stored_blocks(dataset, plist) if has_bytes and not filters else None
     if blocks is not None:
         return StoredReader(dataset, blocks, OwnDescriptor(file) if source is None else source)
-    if dataset.chunks and tuple(code for code, *_ in filters) in KNOWN_PIPELINES and _shuffles_elements(filters, dataset):
+    if dataset.chunks and is_known(tuple(code for code, *_ in filters)) and _shuffles_elements(filters, dataset):
         return ChunkReader(dataset, tuple(code for code, *_ in filters), token, places_of(file, dataset, source))
     return LibraryReader(dataset, token)
 
@@ -108,7 +105,7 @@ def _shuffles_elements(filters: list[Any], dataset: h5py.Dataset) -> bool:
 
 
 class ChunkReader:
-    """Reads a chunked dataset of plain numbers, unfiltered or with shuffle and deflate."""
+    """Reads a chunked dataset of plain numbers, unfiltered, shuffled, or compressed in one of the known ways."""
 
     def __init__(self, dataset: h5py.Dataset, pipeline: tuple[int, ...], token: Token, places: ChunkPlaces | None = None) -> None:
         self.shape, self.dtype = dataset.shape, dataset.dtype
@@ -117,9 +114,9 @@ class ChunkReader:
         self._name = name_of(dataset)
         self._chunks: tuple[int, ...] = dataset.chunks
         self._corner = (0,) * len(self._chunks[1:])
-        self.block_pieces = math.prod(-(-n // c) for n, c in zip(self.shape[1:], self._chunks[1:], strict=True))
         self._size_bytes = int(np.prod(self._chunks, dtype=np.int64)) * self.dtype.itemsize
-        self._library = LibraryReader(dataset, token)
+        columns = math.prod(-(-n // c) for n, c in zip(self.shape[1:], self._chunks[1:], strict=True))
+        self.segments: tuple[Segment, ...] = (Segment(self.shape[0], self.block_rows, columns=columns),)
 
     def read(self, rows: Rows) -> NDArray[Any]:
         """Return the rows, each chunk fetched and inflated once."""
@@ -135,7 +132,8 @@ class ChunkReader:
     def read_range(self, first: int, stop: int) -> NDArray[Any]:
         """Return the rows from `first` up to `stop`."""
         if not self._pipeline and self._places is None:
-            return self._library.read_range(first, stop)  # nothing to undo: HDF5 reads straight into the array
+            # Nothing to undo: HDF5 reads straight into the array.
+            return library_read(self._dataset, slice(first, stop), self._name)
         local = first % self.block_rows
         if stop - first + local <= self.block_rows and self._chunks[1:] == self.shape[1:]:
             chunk = CACHE.get((self._token, (first - local, *self._corner)))
@@ -279,13 +277,12 @@ def stored_blocks(dataset: h5py.Dataset, plist: h5py.h5p.PropDCID) -> Blocks | N
 class StoredReader:
     """Reads rows that lie in the file as they are: a dataset of one block of plain numbers, or of unfiltered chunks."""
 
-    block_pieces = 1
-
     def __init__(self, dataset: h5py.Dataset, blocks: Blocks, source: ByteSource) -> None:
         self.shape, self.dtype = dataset.shape, dataset.dtype
         self._row_shape = self.shape[1:]
         self._row_bytes = int(np.prod(self._row_shape, dtype=np.int64)) * self.dtype.itemsize
         self.block_rows = dataset.chunks[0] if dataset.chunks else max(1, PIECE_BYTES // max(self._row_bytes, 1))
+        self.segments: tuple[Segment, ...] = (Segment(self.shape[0], self.block_rows, chunked=bool(dataset.chunks)),)
         self._blocks, self._name = blocks, name_of(dataset)
         self._source = source
         self._descriptor = source.number if isinstance(source, OwnDescriptor) else None
@@ -348,9 +345,8 @@ class StoredReader:
 class LibraryReader:
     """Reads any dataset through h5py, whole chunks at a time where rows are scattered."""
 
-    block_pieces = 1
-
     def __init__(self, dataset: h5py.Dataset, token: Token) -> None:
+        need_filters(dataset)
         self._name = name_of(dataset)
         empty = library_read(dataset, slice(0, 0), self._name)
         # Array types put their axes behind the dataset's own: only a read tells.
@@ -358,6 +354,7 @@ class LibraryReader:
         self._dataset, self._token = dataset, token
         self._row_bytes = max(1, int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize)
         self.block_rows = dataset.chunks[0] if dataset.chunks else max(1, PIECE_BYTES // self._row_bytes)
+        self.segments: tuple[Segment, ...] = (Segment(self.shape[0], self.block_rows, chunked=bool(dataset.chunks)),)
         self._keeps = bool(dataset.chunks) and not self.dtype.hasobject
 
     def read(self, rows: Rows) -> NDArray[Any]:

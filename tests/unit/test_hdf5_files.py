@@ -12,6 +12,7 @@ import pytest
 
 from hpcutils.data import readers
 from hpcutils.data.chunks import CACHE, ENGINES, inflate, undo_filters
+from hpcutils.data.claims import most_bytes
 from hpcutils.data.hdf5 import HDF5Matrix
 from hpcutils.errors import DataError
 
@@ -177,6 +178,86 @@ def test_files_that_read_other_files_are_refused(tmp_path, secret, trap, monkeyp
     assert np.array_equal(HDF5Matrix(path, "data")[5:50], ARRAY[5:50])
 
 
+# -- files that claim to be large -------------------------------------------------------------------------------------
+
+VIDEO = (32, 32, 3)
+
+
+def pictures(file, **options):
+    file.create_dataset("data", (10**12, *VIDEO), "f4", **options)
+
+
+def never_written(file):
+    pictures(file, chunks=(64, *VIDEO), compression="gzip", shuffle=True)
+
+
+def never_written_in_one_piece(file):
+    pictures(file)
+
+
+def one_chunk_of_zeros(file):
+    never_written(file)
+    file["data"].id.write_direct_chunk((0, 0, 0, 0), zlib.compress(bytes(64 * 32 * 32 * 3 * 4)))
+
+
+def every_row_the_same(file):
+    """A small dataset, shown a million times over."""
+    file["small"] = np.zeros((1000, 6), "f4")
+    layout = h5py.VirtualLayout((10**9, 6), "f4")
+    source = h5py.VirtualSource(".", "small", (1000, 6), dtype="f4")
+    for number in range(3):
+        layout[1000 * number : 1000 * (number + 1)] = source
+    file.create_virtual_dataset("data", layout)
+
+
+def huge_chunks(file):
+    file.create_dataset("data", (4, 1 << 28), "f8", chunks=(1, 1 << 28), compression="gzip")
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [never_written, never_written_in_one_piece, one_chunk_of_zeros, every_row_the_same, huge_chunks],
+    ids=lambda f: f.__name__,
+)
+def test_what_claims_more_than_can_be_stored_is_refused(tmp_path, bomb):
+    with h5py.File(tmp_path / "bomb.h5", "w") as file:
+        bomb(file)
+    assert (tmp_path / "bomb.h5").stat().st_size < 100_000
+    with pytest.raises(DataError, match=r"'/data' is not believable: it(.|\n)*trust_files: true(.|\n)*HDF5Matrix\.trusting"):
+        HDF5Matrix(tmp_path / "bomb.h5", "data")
+    assert HDF5Matrix.trusting(tmp_path / "bomb.h5", "data").nbytes > 1 << 30
+
+
+def test_what_deflate_can_have_made_is_believed(tmp_path):
+    """Three GiB of zeros in 3 MB: as small as deflate can make them."""
+    chunk = zlib.compress(bytes(64 << 20), 9)
+    with h5py.File(tmp_path / "zeros.h5", "w") as file:
+        data = file.create_dataset("data", (48 << 10, 1 << 14), "f4", chunks=(1 << 10, 1 << 14), compression="gzip")
+        for start in range(0, 48 << 10, 1 << 10):
+            data.id.write_direct_chunk((start, 0), chunk)
+    assert (tmp_path / "zeros.h5").stat().st_size < 4 << 20
+    assert not HDF5Matrix(tmp_path / "zeros.h5", "data")[40_000].any()
+
+
+def test_a_view_is_believed_when_its_parts_are(tmp_path):
+    chunk = zlib.compress(bytes(64 << 20), 9)
+    with h5py.File(tmp_path / "view.h5", "w") as file:
+        rows = file.create_dataset("rows", (32 << 10, 1 << 14), "f4", chunks=(1 << 10, 1 << 14), compression="gzip")
+        for start in range(0, 32 << 10, 1 << 10):
+            rows.id.write_direct_chunk((start, 0), chunk)
+        layout = h5py.VirtualLayout((20 << 10, 1 << 14), "f4")
+        layout[:] = h5py.VirtualSource(".", "rows", rows.shape, "f4")[: 20 << 10]
+        file.create_virtual_dataset("data", layout)
+    assert HDF5Matrix(tmp_path / "view.h5", "data").nbytes == 5 << 28
+
+
+@pytest.mark.parametrize(
+    ("filters", "best"), [((), 1), ((1,), 1032), ((2, 1), 1032), ((32015,), 32768), ((1, 1), 1032**2), ((2, 99), 1032)]
+)
+def test_what_filters_can_make_of_a_byte(filters, best):
+    assert most_bytes(10, filters) == 10 * best
+
+
 def test_a_refused_link_is_not_followed(tmp_path):
     """The other file is a pipe: opening it would block for ever."""
     os.mkfifo(tmp_path / "pipe")
@@ -231,7 +312,7 @@ def split_rows(file):
     file.create_dataset("data", data=ARRAY, chunks=(16, 4))
 
 
-def never_written(file):
+def nothing_written(file):
     file.create_dataset("data", ARRAY.shape, "f4", fillvalue=-1)
 
 
@@ -243,7 +324,7 @@ def never_written(file):
         (lambda file: file.create_dataset("data", data=ARRAY), "StoredReader"),
         (chunk_never_written, "ChunkReader"),
         (split_rows, "ChunkReader"),
-        (never_written, "LibraryReader"),
+        (nothing_written, "LibraryReader"),
     ],
     ids=["any order", "cut", "contiguous", "hole", "split rows", "never written"],
 )
