@@ -196,6 +196,11 @@ def _reader_of(
 
     `bytes_of` is where the bytes of a file come from that arrives; it reads no other file.
     """
+    if dataset.file.filename != file.filename:
+        # A link led out of the file: bytes, locks and changes are the other's.
+        home = os.path.abspath(dataset.file.filename)  # noqa: PTH100 - resolves no links
+        linked = open_dataset(home, dataset.name, True)
+        return linked.reader, ((home, linked),)
     readable = dataset.is_virtual and file.id.get_intent() == h5py.h5f.ACC_RDONLY and depth < MAX_VIRTUAL_DEPTH
     runs = row_runs(dataset) if readable else None
     opened: dict[tuple[str, str], tuple[Reader, Sources]] = {}

@@ -178,6 +178,26 @@ def test_files_that_read_other_files_are_refused(tmp_path, secret, trap, monkeyp
     assert np.array_equal(HDF5Matrix(path, "data")[5:50], ARRAY[5:50])
 
 
+@pytest.mark.parametrize("options", [{"chunks": None}, {"chunks": (16, 6)}, {"chunks": (16, 6), "compression": "gzip"}], ids=str)
+@pytest.mark.parametrize("trap", [external_link, view_of_a_link])
+def test_a_trusted_link_reads_the_other_file_and_sees_it_change(tmp_path, options, trap):
+    write(tmp_path / "secret.h5", **options)
+    with h5py.File(tmp_path / "trap.h5", "w") as file:
+        trap(file, tmp_path)
+    with HDF5Matrix.trusting(tmp_path / "trap.h5", "data") as matrix:
+        for array in (ARRAY, ARRAY + 1):
+            write(tmp_path / "new.h5", array, **options).rename(tmp_path / "secret.h5")
+            for key in (slice(3, 40), [90, 5, 6, 5], 7):
+                assert np.array_equal(matrix[key], array[key]), key
+        code = "import h5py, sys; h5py.File(sys.argv[1], 'r+').close()"
+        done = subprocess.run([sys.executable, "-c", code, tmp_path / "secret.h5"], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), "no lock is kept"
+        assert np.array_equal(matrix[3:40], (ARRAY + 1)[3:40])
+        (tmp_path / "secret.h5").unlink()
+        with pytest.raises(DataError, match=r"secret\.h5"):
+            matrix[3:40]
+
+
 # -- files that claim to be large -------------------------------------------------------------------------------------
 
 VIDEO = (32, 32, 3)
