@@ -461,6 +461,21 @@ def test_threads_read_on_when_the_file_changes(tmp_path, options):
 
 
 @pytest.mark.parametrize("options", [SHUFFLED, {"compression": "lzf", "chunks": (16, 6)}, {"chunks": None}], ids=str)
+def test_threads_read_on_when_the_source_of_a_view_changes(tmp_path, options):
+    path = write(tmp_path / "rows.h5", **options)
+    with h5py.File(tmp_path / "view.h5", "w") as file:
+        layout = h5py.VirtualLayout(ARRAY.shape, "f4")
+        layout[:] = h5py.VirtualSource("rows.h5", "data", ARRAY.shape, "f4")
+        file.create_virtual_dataset("data", layout)
+    matrices = [HDF5Matrix.trusting(tmp_path / "view.h5", "data") for _ in range(2)]
+    assert type(matrices[0]._handle.reader).__name__ == "ViewReader"
+    wrong = read_while(
+        lambda number: (os.utime(path, (number, number)), matrices[number % 2][0]), matrices, [slice(3, 60), [5, 90]]
+    )
+    assert wrong == []
+
+
+@pytest.mark.parametrize("options", [SHUFFLED, {"compression": "lzf", "chunks": (16, 6)}, {"chunks": None}], ids=str)
 def test_a_read_that_close_interrupts_says_so(tmp_path, options):
     path = write(tmp_path / "file.h5", **options)
     for _ in range(30):
