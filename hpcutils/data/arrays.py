@@ -22,6 +22,8 @@ TABLE_BYTES = 4 << 20
 # More elements than any array has, of up to 16 bytes each.
 MAX_ITEMS = int(np.iinfo(np.intp).max) // 16
 FLOATS = (float, np.floating)
+# Norms beyond this, and below its inverse, are not taken from a root that is not exact.
+MOST_ROOT = 2.0**64
 
 
 def to_categorical(y: ArrayLike, num_classes: SupportsIndex | None = None, dtype: DTypeLike = "float32") -> NDArray[Any]:
@@ -111,6 +113,9 @@ def _trusted(dtype: np.dtype[Any], order: float) -> tuple[float, float]:
     low, high = max(float(limits.smallest_subnormal), 5e-324), float(limits.max)
     if order == 0 or math.isinf(order):
         return low, high  # no sums of powers
+    if order not in (1, 2):
+        # A root by `1 / order`, rounded, is off by up to ln(norm) / 4 units in the last place.
+        low, high = max(low, 1 / MOST_ROOT), min(high, MOST_ROOT)
     with np.errstate(all="ignore"):
         # A smaller sum has lost digits of its terms, which lie below the smallest normal number.
         bound = float(np.power(np.float64(limits.tiny / limits.eps), 1 / order))

@@ -137,6 +137,13 @@ def test_normalize_keeps_the_whole_range(x, axis, order, exponent):
     assert result.dtype == x.dtype
 
 
+@pytest.mark.parametrize("size", [6.99648003e52, 3e97, 2e-97])
+@pytest.mark.parametrize("order", [3, 0.7, -3])
+def test_roots_that_are_not_exact(size, order):
+    """The third root of 1e158 is off by 31 units in the last place, since 1 / 3 is rounded."""
+    np.testing.assert_allclose(normalize(np.array([size]), order=order), [1], rtol=4 * np.finfo("f8").eps)
+
+
 @pytest.mark.parametrize("dtype", ["f4", "f8", "c8", ">f4"])
 def test_huge_and_tiny_vectors_have_unit_length(dtype):
     top = float(np.finfo(dtype).max)
