@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from hpcutils.data import readers
+from hpcutils.data import readers, stored
 from hpcutils.data.chunks import CACHE, ENGINES, inflate, undo_filters
 from hpcutils.data.claims import most_bytes
 from hpcutils.data.hdf5 import HDF5Matrix
@@ -373,7 +373,7 @@ def test_unfiltered_rows(tmp_path, make, reader, request):
 
 
 def test_a_dataset_of_very_many_chunks_is_left_to_the_library(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_PLACES", 6)
+    monkeypatch.setattr(stored, "MAX_PLACES", 6)
     matrix = HDF5Matrix(write(tmp_path / "file.h5", chunks=(16, 6)), "data")
     assert isinstance(matrix._open().reader, readers.ChunkReader)
     assert np.array_equal(matrix[10:70], ARRAY[10:70])
