@@ -1,85 +1,99 @@
 """One MPI rank of `bench_data_path`: read shuffled epochs in windows, or only do the parts of that work; one JSON line on rank 0.
 
-    mpirun -n 2 python -m benchmarks.data_path_rank WHAT FILE DATASET BATCH EPOCHS [STEP_MS]
+    mpirun -n 2 python -m benchmarks.data_path_rank WHAT FILE DATASET BATCH EPOCHS [SAMPLES]
 
-WHAT is `windows`, `inflate` (the chunks' bytes, nothing else), `decode` (the same and unshuffle) or `copy` (rows in memory, twice).
-STEP_MS is what a training step would take: the rank sleeps so long, and what it waits for its batch beyond that is counted.
+WHAT is `windows`, `steps` (training steps over the windows of the first SAMPLES samples, as a job runs them), `inflate` (the
+chunks' bytes, nothing else), `decode` (the same and unshuffle) or `copy` (rows in memory, twice).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-import threading
 import time
-from collections import deque
 
+import h5py
 import numpy as np
 from mpi4py import MPI
 
 from hpcutils.data.chunks import inflate, undo_filters
 from hpcutils.data.hdf5 import HDF5Matrix
 from hpcutils.data.order import Order, Seat
-from hpcutils.data.windows import WindowReader, layout_of
+from hpcutils.data.segments import count_chunks, layout_of
+from hpcutils.data.windows import WindowReader
 
-AHEAD = 2
+# Makes a step of the model take several times as long as its data, forwards and backwards, on the core that a rank has.
+UNITS = 512
 
 
-def windows(path: str, name: str, batch: int, epochs: int, step_s: float) -> dict:
+def windows(path: str, name: str, batch: int, epochs: int) -> dict:
     world = MPI.COMM_WORLD
     x = HDF5Matrix(path, name)
     order = Order(layout_of(x), batch, Seat(ranks=world.size, rank=world.rank), seed=1)
     reader = WindowReader([x], order, world, epochs)
-    rows, waited = [], []
+    rows = []
     for epoch in range(epochs):
         world.Barrier()
         started = time.perf_counter()
-        waited.append(epoch_in_steps(reader, epoch, step_s) if step_s else epoch_at_full_speed(reader, epoch))
+        reader.begin(epoch)
+        plan = order.epoch(epoch)
+        for step in range(order.steps):
+            reader.read(step, plan.cut(step))
         world.Barrier()
         rows.append(order.samples / (time.perf_counter() - started))
-    chunks = [world.allreduce(reader.chunks_read(epoch)) / order.layout.chunks for epoch in range(epochs)]
+    chunks = [world.allreduce(reader.chunks_read(epoch)) / count_chunks(x.segments) for epoch in range(epochs)]
     reader.close()
-    return {"samples_per_s": rows, "chunks": chunks, "waited": [max(part) for part in zip(*world.allgather(waited), strict=True)]}
+    return {"samples_per_s": rows, "chunks": chunks}
 
 
-def epoch_at_full_speed(reader: WindowReader, epoch: int) -> float:
-    reader.begin(epoch)
-    plan = reader.order.epoch(epoch)
-    for step in range(reader.order.steps):
-        reader.read(step, plan.cut(step))
-    return 0.0
+def steps(path: str, name: str, batch: int, epochs: int, samples: int) -> dict:
+    """Train a dense model by the feed and the steps of a job; return the share of each epoch that it waited for data."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import keras
+    import tensorflow as tf
 
+    from hpcutils.train.feed import RowFeed
+    from hpcutils.train.reading import ReadPlan, WindowSource
+    from hpcutils.train.steps import StepRunner, steps_per_call
 
-def epoch_in_steps(reader: WindowReader, epoch: int, step_s: float) -> float:
-    """Return the share of the epoch in which steps of `step_s` seconds had no batch; batches are made ahead, as in training."""
-    reader.begin(epoch)
-    plan, made, space = reader.order.epoch(epoch), deque(), threading.Semaphore(AHEAD)
-    ready = threading.Semaphore(0)
+    world = MPI.COMM_WORLD
+    # Ranks share the cores, as in a job.
+    tf.config.threading.set_intra_op_parallelism_threads(max(1, len(os.sched_getaffinity(0)) // world.size))
+    with h5py.File(path, "r", locking=False) as file:
+        end = min(samples, len(file[name]))
+    x, y = HDF5Matrix(path, name, 0, end), HDF5Matrix(path, "y", 0, end)
+    order = Order(layout_of(x, y), batch, Seat(ranks=world.size, rank=world.rank), seed=1)
+    feed = RowFeed(WindowSource(x, y, ReadPlan("window", True, order, 0), world, epochs), order)
+    model = keras.Sequential([keras.layers.Input(x.shape[1:]), keras.layers.Dense(UNITS, "relu"), keras.layers.Dense(10)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
 
-    def make() -> None:
-        for step in range(reader.order.steps):
-            space.acquire()
-            made.append(reader.read(step, plan.cut(step)))
-            ready.release()
+    def used(count: int) -> None:
+        for _ in range(count):
+            feed.used()
 
-    thread = threading.Thread(target=make)
-    thread.start()
-    started, waited = time.perf_counter(), 0.0
-    for _ in range(reader.order.steps):
-        asked = time.perf_counter()
-        ready.acquire()
-        waited += time.perf_counter() - asked
-        made.popleft()
-        space.release()
-        time.sleep(step_s)
-    thread.join()
-    return waited / (time.perf_counter() - started)
+    runner = StepRunner(model.train_step, feed, order.steps, steps_per_call(feed), lambda: None, used)
+    waited, seconds = [], []
+    for epoch in range(epochs):
+        world.Barrier()
+        started = time.perf_counter()
+        feed.begin_epoch(epoch)
+        runner.begin()
+        while runner.done < order.steps:
+            runner(None)
+        seconds.append(time.perf_counter() - started)
+        waited.append(runner.wait_s / seconds[-1])
+    runner.end()
+    fetched = [world.allreduce(feed.chunks_read(epoch)) / feed.chunks for epoch in range(epochs)]
+    feed.close()
+    waited = [max(part) for part in zip(*world.allgather(waited), strict=True)]
+    return {"waited": waited, "chunks": fetched, "step_s": min(seconds) / order.steps}
 
 
 def parts(what: str, path: str, name: str) -> dict:
     """Return how many samples a second the chunks give by themselves, on as many cores as there are ranks."""
     world = MPI.COMM_WORLD
-    dataset = HDF5Matrix(path, name)._reader()._dataset
+    dataset = HDF5Matrix(path, name)._open().reader._dataset
     chunk_rows, size = dataset.chunks[0], int(np.prod(dataset.chunks)) * dataset.dtype.itemsize
     stored = [
         dataset.id.read_direct_chunk((start, *[0] * (dataset.ndim - 1)))[1] for start in range(0, 64 * chunk_rows, chunk_rows)
@@ -123,9 +137,10 @@ def copy(path: str, name: str, batch: int) -> dict:
 
 def main() -> None:
     what, path, name, batch, epochs = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
-    step_s = float(sys.argv[6]) / 1e3 if len(sys.argv) > 6 else 0.0
     if what == "windows":
-        said = windows(path, name, batch, epochs, step_s)
+        said = windows(path, name, batch, epochs)
+    elif what == "steps":
+        said = steps(path, name, batch, epochs, int(sys.argv[6]))
     elif what == "copy":
         said = copy(path, name, batch)
     else:

@@ -12,6 +12,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TEMPORARY_MARK = ".part-"
+LONGEST_STEM_BYTES = 140
+
+
+def short_name(name: str) -> str:
+    """Return `name`, or its beginning and a digest where it leaves no room for what hidden names put around it.
+
+    A name has 255 bytes; a host's may have 64 of them.
+    """
+    if len(os.fsencode(name)) <= LONGEST_STEM_BYTES:
+        return name
+    import hashlib
+
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    return f"{os.fsencode(name)[: LONGEST_STEM_BYTES - 20].decode(errors='ignore')}~{digest}"
 
 
 def temporary_beside(target: Path, suffix: str = "") -> Path:
@@ -21,7 +35,7 @@ def temporary_beside(target: Path, suffix: str = "") -> Path:
     that choose a format by the end of the name.
     """
     unique = f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    return target.with_name(f".{target.name}{TEMPORARY_MARK}{unique}{suffix}")
+    return target.with_name(f".{short_name(target.name)}{TEMPORARY_MARK}{unique}{suffix}")
 
 
 def fsync_path(path: Path) -> None:
@@ -84,3 +98,16 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def no_new_folders_on_failure(folder: Path) -> Iterator[None]:
+    """Remove `folder`, and folders above it, that came into being inside a block that fails, where they are empty."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty: another process uses it
+            for each in missing:
+                each.rmdir()
+        raise

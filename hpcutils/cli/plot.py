@@ -23,11 +23,20 @@ import click
     "--rankdir", type=click.Choice(["TB", "LR", "BT", "RL"]), default="TB", show_default=True, help="Direction of the flow."
 )
 @click.option("--dpi", type=click.IntRange(20, 600), default=96, show_default=True, help="Dots per inch.")
-def plot(source: Path, output: Path, shapes: bool, expand_nested: bool, rankdir: str, dpi: int) -> None:
+@click.option(
+    "--custom-objects",
+    "references",
+    metavar="[NAME=]FILE.PY:NAME",
+    multiple=True,
+    help="A class or function that the model was saved with; may be given again.",
+)
+def plot(
+    source: Path, output: Path, shapes: bool, expand_nested: bool, rankdir: str, dpi: int, references: tuple[str, ...]
+) -> None:
     """Draw a job's model or a saved one (.keras, .h5)."""
     from hpcutils.train.inspect import open_model
 
-    with open_model(source) as model:
+    with open_model(source, references) as model:
         from hpcutils.models.plot import plot_model
 
         plot_model(model, str(output), show_shapes=shapes, expand_nested=expand_nested, rankdir=rankdir, dpi=dpi)

@@ -10,11 +10,18 @@ import click
 @click.command()
 @click.argument("source", metavar="TRAIN.YAML|MODEL", type=click.Path(path_type=Path))
 @click.option("--width", type=click.IntRange(40), default=100, show_default=True, help="Characters of a line.")
-def summary(source: Path, width: int) -> None:
+@click.option(
+    "--custom-objects",
+    "references",
+    metavar="[NAME=]FILE.PY:NAME",
+    multiple=True,
+    help="A class or function that the model was saved with; may be given again.",
+)
+def summary(source: Path, width: int, references: tuple[str, ...]) -> None:
     """Print the layers, shapes and parameters of a job's model or of a saved one (.keras, .h5)."""
     from hpcutils.train.inspect import open_model
 
-    with open_model(source) as model:
+    with open_model(source, references) as model:
         from hpcutils.models.summary import print_summary
 
         print_summary(model, line_length=width, print_fn=click.echo)

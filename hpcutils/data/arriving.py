@@ -82,9 +82,9 @@ class SourceFile(io.RawIOBase):
         return count
 
 
-def source_identity(source: ByteSource) -> tuple[int, int, int, int]:
+def source_identity(source: ByteSource) -> tuple[int, int, int, int, int]:
     """Return a new identity for a file that has none on a disk: the same shape as `h5file.Identity`."""
-    return NO_DEVICE, next(_numbers), 0, source.size_bytes
+    return NO_DEVICE, next(_numbers), source.size_bytes, 0, 0
 
 
 class ChunkPlaces:

@@ -2,8 +2,8 @@
 
 HDF5's own filter pipeline inflates one chunk at a time under one global lock, and turns the whole chunk back from its
 shuffled form even when one row of it is wanted. Here the library hands over the stored bytes, and the rest is done outside
-its lock: inflated by igzip when the package `isal` is installed (the extra `fast`), by zlib otherwise, and only the wanted
-rows are unshuffled.
+its lock: inflated by igzip when the package `isal` is installed (the extra `fast`), by zlib otherwise, zstd, lz4 and blosc by
+`numcodecs` (the extra `filters`, see `hpcutils.data.codecs`), and only the wanted rows are unshuffled.
 
 Memory: one cache a process, `CACHE`, of inflated chunks for all datasets together: a thirty-second of the memory that the
 process may still take, shared among the ranks of the machine, and from 128 MiB to 1 GiB. It is what makes batches smaller
@@ -13,6 +13,7 @@ than a chunk, and shuffled ones, cheap. A chunk whose rows were all wanted is no
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import threading
 import zlib
@@ -25,6 +26,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from hpcutils.data.codecs import CODECS, Codec, has_numcodecs
 from hpcutils.data.room import ranks_here, usable_bytes
 from hpcutils.errors import DataError
 
@@ -39,7 +41,6 @@ UNSHUFFLE_ITEMS = 1 << 16
 
 # Registered numbers of the filters that are undone here (H5Z_FILTER_DEFLATE, H5Z_FILTER_SHUFFLE in H5Zpublic.h).
 DEFLATE, SHUFFLE = 1, 2
-KNOWN_PIPELINES = {(), (DEFLATE,), (SHUFFLE,), (SHUFFLE, DEFLATE)}
 
 
 def _engines() -> list[Any]:
@@ -80,6 +81,16 @@ def inflate(stored: bytes, size_bytes: int, engine: Any = ENGINES[0]) -> bytes:
     return data
 
 
+# What undoes a compression: `call(stored, size_bytes)` returns exactly so many bytes or raises `DataError`.
+INFLATE: dict[int, Codec] = {DEFLATE: inflate, **CODECS}
+KNOWN_PIPELINES = {(), (SHUFFLE,), *((code,) for code in INFLATE), *((SHUFFLE, code) for code in INFLATE)}
+
+
+def is_known(pipeline: tuple[int, ...]) -> bool:
+    """Tell whether a chunk's filters can be undone here, with what is installed."""
+    return pipeline in KNOWN_PIPELINES and (has_numcodecs() or not any(code in CODECS for code in pipeline))
+
+
 def undo_filters(stored: bytes, pipeline: tuple[int, ...], mask: int, size_bytes: int) -> Inflated:
     """Undo the filters of one chunk, all but the last step of `SHUFFLE`, which `take_rows` does for the rows it takes.
 
@@ -90,7 +101,8 @@ def undo_filters(stored: bytes, pipeline: tuple[int, ...], mask: int, size_bytes
         size_bytes: Size of the chunk without filters.
     """
     applied = [code for position, code in enumerate(pipeline) if not mask >> position & 1]
-    data = inflate(stored, size_bytes) if DEFLATE in applied else stored
+    codec = next((INFLATE[code] for code in applied if code in INFLATE), None)
+    data = stored if codec is None else codec(stored, size_bytes)
     if len(data) != size_bytes:
         raise DataError(f"a chunk should hold {size_bytes} bytes and holds {len(data)}")
     return Inflated(data, SHUFFLE in applied)
@@ -110,7 +122,7 @@ def copy_rows(chunk: Inflated, shape: tuple[int, ...], rows: slice, out: NDArray
     """Copy neighbouring rows of a chunk of `shape` into `out`, `(rows, ...)`; a chunk that reaches past `out`'s axes is cut."""
     whole = out.shape[1:] == shape[1:] and out.flags.c_contiguous
     if chunk.shuffled and out.dtype.itemsize > 1 and whole:
-        row_items = int(np.prod(shape[1:], dtype=np.int64))
+        row_items = math.prod(shape[1:])
         planes = np.frombuffer(chunk.data, np.uint8).reshape(out.dtype.itemsize, -1)
         part = planes[:, rows.start * row_items : rows.stop * row_items]
         unshuffle_into(part, out.reshape(-1))

@@ -14,9 +14,11 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from hpcutils.data.codecs import need_filters
 from hpcutils.data.hdf5 import HDF5Matrix
 from hpcutils.data.order import Order
 from hpcutils.data.schedule import Task
+from hpcutils.data.segments import count_chunks, part_of
 from hpcutils.data.shards import Window
 from hpcutils.data.windows import WindowReader
 from hpcutils.errors import DataError, MissingPartError
@@ -35,7 +37,7 @@ class CollectiveReader(WindowReader):
     """A `WindowReader` whose windows are read by collective MPI-IO.
 
     Args:
-        matrices: As for `WindowReader`.
+        matrices: As for `WindowReader`, each of one file.
         order: This rank's.
         node: mpi4py communicator of the ranks of this node; all of them read together.
         epochs: Number of all epochs.
@@ -48,6 +50,7 @@ class CollectiveReader(WindowReader):
         self._turns = range(self._all_turns)
         self._transfer = h5py.h5p.create(h5py.h5p.DATASET_XFER)
         self._transfer.set_dxpl_mpio(h5py.h5fd.MPIO_COLLECTIVE)
+        self._files = matrices
         self._datasets = [_open_together(matrix, node) for matrix in matrices]
 
     def close(self) -> None:
@@ -64,9 +67,10 @@ class CollectiveReader(WindowReader):
         # Chunks by turns; in the file's order, which is the order in which a selection of several pieces is read.
         own = sorted(range(self._rank, len(window.starts), self._ranks), key=lambda number: int(window.starts[number]))
         pieces = [(int(window.starts[number]), borders[number], borders[number + 1]) for number in own]
-        for matrix, dataset, rows in zip(self.matrices, self._datasets, self._rows, strict=True):
+        for number, (matrix, dataset, rows) in enumerate(zip(self._files, self._datasets, self._rows, strict=True)):
             self._read_together(matrix, dataset, rows, pieces)
-        self._counted[task.epoch] += len(pieces)
+            parts = (part_of(matrix.segments, first, first + high - low) for first, low, high in pieces)
+            self._counted[task.epoch, number] += sum(map(count_chunks, parts))
         self._barrier()
 
     def _read_together(
@@ -96,6 +100,8 @@ class CollectiveReader(WindowReader):
 def _open_together(matrix: HDF5Matrix, node: Any) -> h5py.Dataset:
     """Open a matrix' dataset on all ranks; `HDF5Matrix` has looked at it, so that it leads to no other file."""
     try:
-        return h5py.File(matrix.datapath, "r", driver="mpio", comm=node)[matrix.dataset]
+        dataset = h5py.File(matrix.datapath, "r", driver="mpio", comm=node)[matrix.dataset]
     except OSError as exc:
         raise DataError(f"{matrix.datapath}: cannot be opened by MPI-IO: {exc}") from exc
+    need_filters(dataset)
+    return dataset

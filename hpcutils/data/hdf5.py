@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -21,8 +21,10 @@ from hpcutils.data.chunks import CACHE
 from hpcutils.data.h5file import OPENED, OpenDataset, open_dataset
 from hpcutils.data.keys import KeyPlan, Rows, plan_key
 from hpcutils.data.readers import Reader
+from hpcutils.data.segments import part_of
 from hpcutils.errors import DataError
 
+T = TypeVar("T")
 Normalizer = Callable[[Any], Any]
 
 # A key that takes part of each row is answered in pieces of this size, so that `x[:, 0]` never holds all of `x`.
@@ -85,10 +87,12 @@ class HDF5Matrix:
         self.datapath = os.path.abspath(os.fspath(datapath))  # noqa: PTH100 - resolves no links, unlike pathlib
         self.dataset = dataset
         self.normalizer = normalizer
-        reader = self._open().reader
+        self._handle = open_dataset(self.datapath, self.dataset, self.allow_external, self._source)
+        reader = self._handle.reader
         self.start, self.end = self._bounds(start, end, reader.shape[0])
         self._file_rows = reader.shape[1:], reader.dtype
-        self.chunk_rows, self.chunk_pieces = reader.block_rows, reader.block_pieces
+        self.chunk_rows = reader.block_rows
+        self.segments = part_of(reader.segments, self.start, self.end)
         self._row_shape, self.dtype = self._probe(reader)
 
     @classmethod
@@ -163,6 +167,12 @@ class HDF5Matrix:
         return f"<HDF5Matrix {self.dataset!r} of {self.datapath!r} [{self.start}:{self.end}], {self.shape} {self.dtype}>"
 
     def __getitem__(self, key: Any) -> Any:
+        # A batch or a row: by far the commonest keys, and worth the way around the planning.
+        if type(key) is slice:
+            first, stop, step = key.indices(self.end - self.start)
+            return self._neighbours(first, stop) if step == 1 else self._fetch(range(first, stop, step))
+        if type(key) is int and 0 <= key < self.end - self.start:
+            return self._neighbours(key, key + 1)[0]
         plan = plan_key(key, self.shape)
         if plan.key is None:
             return self._fetch(plan.rows)
@@ -208,7 +218,7 @@ class HDF5Matrix:
         """
         if not 0 <= first <= first + len(out) <= len(self) or (out.shape[1:], out.dtype) != self._file_rows:
             raise IndexError(f"{len(out)} rows from {first} on into {out.shape} {out.dtype}: {self!r} has rows {self._file_rows}")
-        return self._reader().read_into(self.start + first, out)
+        return self._read(lambda reader: reader.read_into(self.start + first, out))
 
     @property
     def __array__(self) -> Callable[..., NDArray[Any]]:
@@ -227,9 +237,9 @@ class HDF5Matrix:
         """Let go of the file and of its chunks in the cache. Reading afterwards is an error; closing again is not."""
         self._closed = True
         handle, self._handle = self._handle, None
-        if handle is not None and handle.pid == os.getpid():
+        if handle is not None and handle.is_ours():
             with OPENED.lock:
-                handle.file.close()
+                handle.shut()
             CACHE.drop(handle.token)
 
     def __enter__(self) -> HDF5Matrix:
@@ -278,20 +288,47 @@ class HDF5Matrix:
             raise DataError(f"{self!r} is closed", "read it before close(), or inside of the with block; or make a new one")
         handle = self._handle
         if handle is None or not handle.is_current(self.datapath):
-            handle = open_dataset(self.datapath, self.dataset, self.allow_external, self._source)
-            self._handle = handle
+            handle = self._handle = open_dataset(self.datapath, self.dataset, self.allow_external, self._source)
+            self._refuse_other_rows(handle.reader)
+            if self._closed:  # by another thread, which may not have seen this handle
+                self.close()
+                return self._open()
         return handle
 
-    def _reader(self) -> Reader:
-        reader = self._open().reader
+    def _read(self, call: Callable[[Reader], T]) -> T:
+        """Return `call(reader)`; anew when another thread closed the file under it, because it changed or by `close()`."""
+        while True:
+            handle = self._open()
+            try:
+                return call(handle.reader)
+            except DataError:
+                if not handle.was_shut():
+                    raise
+
+    def _refuse_other_rows(self, reader: Reader) -> None:
+        """Raise when the file has other rows than those that this matrix stands for."""
         if (reader.shape[1:], reader.dtype) != self._file_rows or reader.shape[0] < self.end:
+            self._handle = None
             shape, dtype = self._file_rows
             raise DataError(
                 f"{self.datapath}: dataset {self.dataset!r} was replaced: it is {reader.shape} {reader.dtype} now, and was "
                 f"at least {(self.end, *shape)} {dtype}",
                 "make a new HDF5Matrix for the new data",
             )
-        return reader
+
+    def _neighbours(self, first: int, stop: int) -> NDArray[Any]:
+        """Return the rows from `first` up to `stop` of this part of the dataset, normalized."""
+        if stop <= first:
+            return np.empty((0, *self._row_shape), self.dtype)
+        while True:  # as in `_read`, without its calls
+            handle = self._open()
+            try:
+                rows = handle.reader.read_range(self.start + first, self.start + stop)
+            except DataError:
+                if not handle.was_shut():
+                    raise
+            else:
+                return rows if self.normalizer is None else self._normalized(rows, stop - first)
 
     def _fetch(self, rows: Rows) -> NDArray[Any]:
         """Return rows of this part of the dataset, normalized: `(len(rows), *row_shape)`."""
@@ -301,7 +338,7 @@ class HDF5Matrix:
             shifted: Rows = range(rows.start + self.start, rows.stop + self.start, rows.step)
         else:
             shifted = rows + self.start
-        return self._normalized(self._reader().read(shifted), len(rows))
+        return self._normalized(self._read(lambda reader: reader.read(shifted)), len(rows))
 
     def _fetch_pieces(self, plan: KeyPlan, shape: tuple[int, ...], axis: int) -> NDArray[Any]:
         """Answer a key whose rows lie along `axis`, some rows at a time."""

@@ -58,8 +58,6 @@ def plan_key(key: Any, shape: tuple[int, ...]) -> KeyPlan:
     Raises:
         IndexError, TypeError, ValueError: As numpy would, for what the key says about axis 0.
     """
-    if type(key) is slice:  # the commonest key by far: a batch
-        return KeyPlan(range(shape[0])[key], None, None)
     try:
         return _plan_key(key, shape)
     except (IndexError, TypeError, ValueError):
@@ -88,7 +86,8 @@ def _plan_key(key: Any, shape: tuple[int, ...]) -> KeyPlan:
 def _plan_array(item: IntArray | NDArray[np.bool_], items: list[Item], position: int, shape: tuple[int, ...]) -> KeyPlan:
     """Plan a key whose axis 0 is picked by an array of row numbers or by a mask."""
     if item.dtype.kind == "b":
-        if item.shape != shape[: item.ndim]:
+        # An axis of length 0 fits any, as numpy has it: nothing is picked.
+        if any(own not in (0, size) for own, size in zip(item.shape, shape, strict=False)):
             raise IndexError(f"a mask of shape {item.shape} does not fit an array of shape {shape}")
         items[position : position + 1] = item.nonzero()  # one array of indices for each axis of the mask
     wanted = _checked_rows(cast(IntArray, items[position]), shape[0])

@@ -6,16 +6,15 @@ there. Without that, each rank reads its samples from the file for itself.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import itertools
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hpcutils.data.segments import Matrix, count_chunks, layout_of, part_of
 from hpcutils.data.shared import SharedMemory, wait_for_all
 from hpcutils.log import LOGGER
-
-if TYPE_CHECKING:
-    from hpcutils.data.hdf5 import HDF5Matrix
 
 BLOCK_BYTES = 64 << 20
 
@@ -29,7 +28,7 @@ class NodeArray:
         in_memory: Decode all of it now, into memory that the ranks share. The same on every rank.
     """
 
-    def __init__(self, matrix: HDF5Matrix, node: Any = None, in_memory: bool = True) -> None:
+    def __init__(self, matrix: Matrix, node: Any = None, in_memory: bool = True) -> None:
         self.matrix = matrix
         self._memory: SharedMemory | None = None
         self._rows: NDArray[Any] | None = None
@@ -65,19 +64,17 @@ class NodeArray:
         rank, ranks = (node.rank, node.size) if node is not None else (0, 1)
         self._memory = SharedMemory(matrix.nbytes + 64, node)
         self._rows = self._memory.array(self.shape, matrix.dtype)
-        start, stop = (_chunk_border(matrix, len(self) * part // ranks) for part in (rank, rank + 1))
-        block = max(BLOCK_BYTES // max(matrix.row_bytes, 1) // matrix.chunk_rows, 1) * matrix.chunk_rows
-        for first in range(start, stop, block):
-            self._rows[first : min(first + block, stop)] = matrix[first : min(first + block, stop)]
-        self.chunks_read = -(-(stop - start) // matrix.chunk_rows) * matrix.chunk_pieces
+        # No chunk is decoded by two ranks.
+        layout = layout_of(matrix)
+        low, high = (layout.chunks * part // ranks for part in (rank, rank + 1))
+        block = max(BLOCK_BYTES // max(matrix.row_bytes * layout.chunk_rows, 1), 1)
+        borders = layout.starts(np.array([*range(low, high, block), high])).tolist()
+        for first, last in itertools.pairwise(borders):
+            self._rows[first:last] = matrix[first:last]
+        start, stop = borders[0], borders[-1]
+        self.chunks_read = count_chunks(part_of(matrix.segments, start, stop))
         self._memory.sync()
         if node is not None:
             wait_for_all(node)
         self._memory.sync()
         LOGGER.debug("%d bytes in memory: rows %d to %d are from this rank", matrix.nbytes, start, stop)
-
-
-def _chunk_border(matrix: HDF5Matrix, row: int) -> int:
-    """Return the next row that begins a chunk of the file, so that no chunk is decoded by two ranks."""
-    border = -(-(row + matrix.start) // matrix.chunk_rows) * matrix.chunk_rows - matrix.start
-    return min(max(border, 0) if row else 0, len(matrix))

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hpcutils.data.layout import Layout
 from hpcutils.data.scramble import Ints, mixed
-from hpcutils.data.shards import EpochOrder, Layout, Run, node_rows, shard_count
+from hpcutils.data.shards import EpochOrder, Run, node_rows, shard_count
 
 Rows = NDArray[np.int64]
 

@@ -1,7 +1,7 @@
 """Three ways to read rows of an HDF5 dataset; `choose_reader` picks the fastest that the dataset allows.
 
-    ChunkReader       chunks with deflate and shuffle, or no filter: stored bytes from HDF5, filters undone in `chunks`
-    ContiguousReader  one plain block: slices by HDF5, scattered rows with `preadv`
+    StoredReader      rows that lie in the file as they are, in one block or in chunks without filters: `preadv`
+    ChunkReader       chunks with deflate, zstd, lz4, blosc, shuffle: stored bytes from HDF5, filters undone in `chunks`
     LibraryReader     anything else (other filters, strings, compounds, virtual datasets): HDF5 itself, chunk by chunk
 
 Where the file is still arriving, the bytes of all three come from a `ByteSource`: HDF5 itself has it as its file.
@@ -14,8 +14,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
-import weakref
 from collections.abc import Iterator
 from typing import Any, Protocol, TypeAlias
 
@@ -28,15 +26,18 @@ from hpcutils.data.arriving import ByteSource, ChunkPlaces, places_of
 from hpcutils.data.chunks import (
     CACHE,
     CACHE_LEAST_BYTES,
-    KNOWN_PIPELINES,
     SHUFFLE,
     WORKERS,
     Inflated,
     copy_rows,
+    is_known,
     take_rows,
     undo_filters,
 )
+from hpcutils.data.codecs import need_filters
 from hpcutils.data.keys import Group, Rows, group_rows, split_runs
+from hpcutils.data.segments import Segment
+from hpcutils.data.stored import PIECE_BYTES, OwnDescriptor, StoredReader, name_of, stored_blocks
 from hpcutils.errors import DataError
 
 # The array to fill, the rows of one chunk, and where that chunk starts along the axes after the first.
@@ -44,29 +45,25 @@ Job: TypeAlias = tuple[NDArray[Any], Group, tuple[int, ...]]
 # Names one dataset in one state of one file, for the cache.
 Token: TypeAlias = tuple[int | str, ...]
 
-# What a dataset without chunks is read by when rows are scattered or shuffled.
-PIECE_BYTES = 1 << 20
-# A gap that is cheaper to read along than to start another read: one page.
-GAP_BYTES = 4096
+# What h5py raises when HDF5 cannot read; ValueError when another thread closed the file.
+READ_ERRORS = (OSError, RuntimeError, ValueError)
 # Of a chunk larger than this only the wanted rows are read: eight such chunks fill the smallest cache.
 HELD_BYTES = CACHE_LEAST_BYTES // 8
 
 
 class Reader(Protocol):
-    """What `HDF5Matrix` asks of a dataset.
-
-    Attributes:
-        block_rows: The rows that are cheapest read together.
-        block_pieces: What `read_into` counts for them: the chunks that rows are cut into, or 1.
-    """
+    """What `HDF5Matrix` asks of a dataset. `block_rows` are the rows that are cheapest read together; `segments` is all rows."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     block_rows: int
-    block_pieces: int
+    segments: tuple[Segment, ...]
 
     def read(self, rows: Rows) -> NDArray[Any]:
         """Return `(len(rows), *shape[1:])`; rows lie in range, in any order, and may repeat."""
+
+    def read_range(self, first: int, stop: int) -> NDArray[Any]:
+        """Return the rows from `first` up to `stop`, which is larger: `read` for the commonest request."""
 
     def read_into(self, first: int, out: NDArray[Any]) -> int:
         """Fill `out`, `(rows, *shape[1:])`, from row `first` on, in this thread and past the cache; return the chunks fetched."""
@@ -79,11 +76,12 @@ def choose_reader(file: h5py.File, dataset: h5py.Dataset, token: Token, source: 
     # A file that is also open for writing in this process may have rows that are not in the file yet.
     if not _is_plain(dataset) or file.id.get_intent() != h5py.h5f.ACC_RDONLY:
         return LibraryReader(dataset, token)
-    if dataset.chunks and tuple(code for code, *_ in filters) in KNOWN_PIPELINES and _shuffles_elements(filters, dataset):
+    has_bytes = source is not None or file.driver == "sec2"
+    blocks = stored_blocks(dataset, plist) if has_bytes and not filters else None
+    if blocks is not None:
+        return StoredReader(dataset, blocks, OwnDescriptor(file) if source is None else source)
+    if dataset.chunks and is_known(tuple(code for code, *_ in filters)) and _shuffles_elements(filters, dataset):
         return ChunkReader(dataset, tuple(code for code, *_ in filters), token, places_of(file, dataset, source))
-    offset = dataset.id.get_offset() if plist.get_layout() == h5py.h5d.CONTIGUOUS else None
-    if offset is not None and plist.get_external_count() == 0 and (source is not None or file.driver == "sec2"):
-        return ContiguousReader(dataset, offset, source or OwnDescriptor(file))
     return LibraryReader(dataset, token)
 
 
@@ -99,21 +97,21 @@ def _shuffles_elements(filters: list[Any], dataset: h5py.Dataset) -> bool:
 
 
 class ChunkReader:
-    """Reads a chunked dataset of plain numbers, unfiltered or with shuffle and deflate."""
+    """Reads a chunked dataset of plain numbers, unfiltered, shuffled, or compressed in one of the known ways."""
 
     def __init__(self, dataset: h5py.Dataset, pipeline: tuple[int, ...], token: Token, places: ChunkPlaces | None = None) -> None:
         self.shape, self.dtype = dataset.shape, dataset.dtype
         self.block_rows = dataset.chunks[0]
         self._dataset, self._pipeline, self._token, self._places = dataset, pipeline, token, places
+        self._name = name_of(dataset)
         self._chunks: tuple[int, ...] = dataset.chunks
-        self.block_pieces = math.prod(-(-n // c) for n, c in zip(self.shape[1:], self._chunks[1:], strict=True))
+        self._corner = (0,) * len(self._chunks[1:])
         self._size_bytes = int(np.prod(self._chunks, dtype=np.int64)) * self.dtype.itemsize
-        self._library = LibraryReader(dataset, token)
+        columns = math.prod(-(-n // c) for n, c in zip(self.shape[1:], self._chunks[1:], strict=True))
+        self.segments: tuple[Segment, ...] = (Segment(self.shape[0], self.block_rows, columns=columns),)
 
     def read(self, rows: Rows) -> NDArray[Any]:
         """Return the rows, each chunk fetched and inflated once."""
-        if not self._pipeline and isinstance(rows, range) and rows.step == 1:
-            return self._library.read(rows)  # nothing to undo: HDF5 reads straight into the array
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
         if out.size == 0:
             return out
@@ -122,6 +120,20 @@ class ChunkReader:
         for _ in WORKERS.map(self._place, [job for job in jobs if not self._place_cached(job)]):
             pass
         return out
+
+    def read_range(self, first: int, stop: int) -> NDArray[Any]:
+        """Return the rows from `first` up to `stop`."""
+        if not self._pipeline and self._places is None:
+            # Nothing to undo: HDF5 reads straight into the array.
+            return library_read(self._dataset, slice(first, stop), self._name)
+        local = first % self.block_rows
+        if stop - first + local <= self.block_rows and self._chunks[1:] == self.shape[1:]:
+            chunk = CACHE.get((self._token, (first - local, *self._corner)))
+            if chunk is not None:
+                out = np.empty((stop - first, *self.shape[1:]), self.dtype)
+                copy_rows(chunk, self._chunks, slice(local, local + stop - first), out)
+                return out
+        return self.read(range(first, stop))
 
     def read_into(self, first: int, out: NDArray[Any]) -> int:
         """Fill `out` from row `first` on; return the chunks fetched."""
@@ -160,7 +172,7 @@ class ChunkReader:
         if found is None:
             return None
         mask, stored = found
-        with _at(self._dataset, start):
+        with _at(self._name, start):
             return undo_filters(stored, self._pipeline, mask, self._size_bytes)
 
     def _stored(self, start: tuple[int, ...]) -> tuple[int, bytes] | None:
@@ -168,7 +180,7 @@ class ChunkReader:
         try:
             with phil:  # h5py before 3.16 forgets its own lock here (h5py#2764): two threads crash the process
                 mask, stored = self._dataset.id.read_direct_chunk(start)
-        except (OSError, RuntimeError):
+        except READ_ERRORS:
             # A chunk that was never written has no bytes to give; HDF5 itself makes up its fill values, or explains.
             return None
         return mask, stored
@@ -187,7 +199,7 @@ class ChunkReader:
         else:
             first_row = group.chunk * self.block_rows
             last_row = min(first_row + self.block_rows, self.shape[0])
-            rows = library_read(self._dataset, (slice(first_row, last_row), *cells))[group.local]
+            rows = library_read(self._dataset, (slice(first_row, last_row), *cells), self._name)[group.local]
         out[(group.place, *cells)] = rows
 
     def _start(self, job: Job) -> tuple[int, ...]:
@@ -195,105 +207,37 @@ class ChunkReader:
         return (group.chunk * self.block_rows, *column)
 
 
-class OwnDescriptor:
-    """The bytes of a file that HDF5 has open, read past it.
-
-    Args:
-        file: Opened with HDF5's plain driver.
-    """
-
-    def __init__(self, file: h5py.File) -> None:
-        # A descriptor of our own: the file may be closed, and its number given to another file, while a thread reads.
-        self._descriptor = os.dup(file.id.get_vfd_handle())
-        weakref.finalize(self, os.close, self._descriptor)
-        self.size_bytes = os.fstat(self._descriptor).st_size
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes from `offset` on; see `ByteSource`."""
-        while buffer:
-            got = os.preadv(self._descriptor, [buffer], offset)
-            if got == 0:
-                raise DataError(f"the file ends at byte {offset}", "it was cut short: copy it again")
-            buffer, offset = buffer[got:], offset + got
-
-
-class ContiguousReader:
-    """Reads a dataset that is one unfiltered block of plain numbers."""
-
-    block_pieces = 1
-
-    def __init__(self, dataset: h5py.Dataset, offset_bytes: int, source: ByteSource) -> None:
-        self.shape, self.dtype = dataset.shape, dataset.dtype
-        self._row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-        self.block_rows = max(1, PIECE_BYTES // max(self._row_bytes, 1))
-        self._dataset, self._offset_bytes, self._source = dataset, offset_bytes, source
-
-    def read(self, rows: Rows) -> NDArray[Any]:
-        """Return the rows: one read for a slice, one for each run of neighbours otherwise."""
-        is_slice = isinstance(rows, range) and rows.step == 1
-        if is_slice and isinstance(self._source, OwnDescriptor):
-            return library_read(self._dataset, slice(rows.start, rows.stop))  # type: ignore[union-attr]
-        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        if out.size == 0:
-            return out
-        if is_slice:
-            self._fill(out.view(np.uint8), int(rows[0]))
-            return out
-        wanted = np.asarray(rows, np.intp)
-        order = np.argsort(wanted, kind="stable")
-        ordered = wanted[order]
-        flat = out.view(np.uint8).reshape(len(wanted), self._row_bytes)  # (rows, row_bytes), the memory of `out`
-        for low, high in split_runs(ordered, GAP_BYTES // self._row_bytes, self.block_rows):
-            first, last = int(ordered[low]), int(ordered[high - 1])
-            if high - low == 1:
-                self._fill(flat[order[low]], first)
-                continue
-            piece = np.empty((last + 1 - first, self._row_bytes), np.uint8)
-            self._fill(piece, first)
-            flat[order[low:high]] = piece[ordered[low:high] - first]
-        return out
-
-    def read_into(self, first: int, out: NDArray[Any]) -> int:
-        """Fill `out` from row `first` on; return the pieces of `block_rows` that this touched."""
-        if out.size:
-            self._fill(out.view(np.uint8).reshape(len(out), -1), first)
-        pieces: int = -(-len(out) // self.block_rows)
-        return pieces
-
-    def _fill(self, memory: NDArray[np.uint8], first_row: int) -> None:
-        """Fill `memory` with the rows from `first_row` on."""
-        try:
-            self._source.read_into(self._offset_bytes + first_row * self._row_bytes, memory.reshape(-1).data)
-        except DataError as exc:
-            raise type(exc)(f"{_name(self._dataset)}, row {first_row}: {exc.message}", exc.hint) from exc
-
-
 class LibraryReader:
     """Reads any dataset through h5py, whole chunks at a time where rows are scattered."""
 
-    block_pieces = 1
-
     def __init__(self, dataset: h5py.Dataset, token: Token) -> None:
-        empty = library_read(dataset, slice(0, 0))
+        need_filters(dataset)
+        self._name = name_of(dataset)
+        empty = library_read(dataset, slice(0, 0), self._name)
         # Array types put their axes behind the dataset's own: only a read tells.
         self.shape, self.dtype = (dataset.shape[0], *empty.shape[1:]), empty.dtype
         self._dataset, self._token = dataset, token
         self._row_bytes = max(1, int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize)
         self.block_rows = dataset.chunks[0] if dataset.chunks else max(1, PIECE_BYTES // self._row_bytes)
+        self.segments: tuple[Segment, ...] = (Segment(self.shape[0], self.block_rows, chunked=bool(dataset.chunks)),)
         self._keeps = bool(dataset.chunks) and not self.dtype.hasobject
 
     def read(self, rows: Rows) -> NDArray[Any]:
         """Return the rows; for scattered ones each chunk is read once, unless it is too large to hold."""
         if isinstance(rows, range) and rows.step == 1:
-            return library_read(self._dataset, slice(rows.start, rows.stop))
+            return self.read_range(rows.start, rows.stop)
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
         for group in group_rows(rows, self.block_rows):
             self._place(out, group)
         return out
 
+    def read_range(self, first: int, stop: int) -> NDArray[Any]:
+        """Return the rows from `first` up to `stop`."""
+        return library_read(self._dataset, slice(first, stop), self._name)
+
     def read_into(self, first: int, out: NDArray[Any]) -> int:
         """Fill `out` from row `first` on; return the chunks that this touched."""
-        out[...] = library_read(self._dataset, slice(first, first + len(out)))
+        out[...] = library_read(self._dataset, slice(first, first + len(out)), self._name)
         return (first + len(out) - 1) // self.block_rows - first // self.block_rows + 1 if len(out) else 0
 
     def _place(self, out: NDArray[Any], group: Group) -> None:
@@ -304,7 +248,7 @@ class LibraryReader:
             return
         block = CACHE.get((self._token, first))
         if block is None:
-            block = library_read(self._dataset, slice(first, stop))
+            block = library_read(self._dataset, slice(first, stop), self._name)
             if self._keeps:
                 CACHE.put((self._token, first), block, block.nbytes)
         out[group.place] = block[group.local]
@@ -316,27 +260,23 @@ class LibraryReader:
         max_rows = max(1, HELD_BYTES // self._row_bytes)
         for low, high in split_runs(local, 0, max_rows):
             start, stop = int(local[low]), int(local[high - 1]) + 1
-            block = library_read(self._dataset, slice(first + start, first + stop))
+            block = library_read(self._dataset, slice(first + start, first + stop), self._name)
             out[places[low:high]] = block[local[low:high] - start]
 
 
-def library_read(dataset: h5py.Dataset, key: Any) -> NDArray[Any]:
-    """Return `dataset[key]`, with HDF5's complaint as a `DataError`."""
+def library_read(dataset: h5py.Dataset, key: Any, name: str) -> NDArray[Any]:
+    """Return `dataset[key]`, with HDF5's complaint as a `DataError` that begins with `name`."""
     try:
         with phil:  # strings of variable length crash without it when two threads read (h5py#2920)
             return np.asarray(dataset[key])
-    except (OSError, RuntimeError) as exc:
-        raise DataError(f"{_name(dataset)}: cannot be read: {exc}", "the file is damaged, or a filter is missing") from exc
+    except READ_ERRORS as exc:
+        raise DataError(f"{name}: cannot be read: {exc}", "the file is damaged, or a filter is missing") from exc
 
 
 @contextlib.contextmanager
-def _at(dataset: h5py.Dataset, start: tuple[int, ...]) -> Iterator[None]:
+def _at(name: str, start: tuple[int, ...]) -> Iterator[None]:
     """Say where in which file a damaged chunk is."""
     try:
         yield
     except DataError as exc:
-        raise DataError(f"{_name(dataset)}, chunk at {start}: {exc.message}", "copy the file again, or write it anew") from exc
-
-
-def _name(dataset: h5py.Dataset) -> str:
-    return f"{dataset.file.filename}, dataset {dataset.name}"
+        raise DataError(f"{name}, chunk at {start}: {exc.message}", "copy the file again, or write it anew") from exc

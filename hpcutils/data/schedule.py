@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from hpcutils.data.layout import Layout
 from hpcutils.data.order import Order
-from hpcutils.data.shards import EpochOrder, Layout, window_chunks
+from hpcutils.data.shards import EpochOrder, window_chunks
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def plan_memory(order: Order) -> MemoryPlan:
 
     A step needs all windows that it touches at once. Where a window begins and ends is known to within S positions (S shards), so a
     shard has at most `live` windows between the start of a step, less S, and its end, plus S; one slot for each of them, and the
-    window that is decoded next always finds a place that was given up before the step that needs it.
+    window that is decoded next always finds a place that was given up before the step that needs it. Broken chunks make windows
+    smaller: b of them among one shard's, of f chunks each or more, let b / f more windows lie between, rounded up.
     """
     layout, shards = order.layout, order.shards
     most_chunks = window_chunks(layout, shards)
@@ -71,9 +73,10 @@ def plan_memory(order: Order) -> MemoryPlan:
     touched = shard_rows * (order.batch_size + 2 * shards + 4) // layout.samples + 2
     # Two windows may reach into the steps from outside; those between them are whole, but for the ones of broken chunks.
     live = 2 + max(0, touched - 2) // (fewest * layout.chunk_rows)
-    broken = len(layout.broken)
-    slots = shards // order.seat.nodes * live + broken
-    return MemoryPlan(slots, min(most_chunks * layout.chunk_rows, layout.samples), live + broken)
+    broken, owned = len(layout.broken), shards // order.seat.nodes
+    # One broken chunk in each shard costs a window there; only `fewest` more in the same shard cost another.
+    slots = owned * live + min(broken, owned) + max(0, broken - owned) // fewest
+    return MemoryPlan(slots, min(most_chunks * layout.chunk_rows, layout.samples), live + -(-broken // fewest))
 
 
 @lru_cache(4)

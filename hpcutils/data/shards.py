@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hpcutils.data.layout import Layout as Layout
 from hpcutils.data.scramble import Ints, key_of, permute, table, tables
-from hpcutils.errors import DataError
 
 # What the windows that are in use at one time hold, all shards together. A part of the order: the same on every machine.
 POOL_BYTES = 256 << 20
@@ -34,53 +33,6 @@ CHUNKS, SAMPLES = 1, 2
 GENERATION_ROWS = 1 << 19
 # The chunks of an epoch are permuted in a table of 8 MB at the most: 48 GB of data in chunks of 48 KiB.
 CHUNK_TABLE_SIZE = 1 << 20
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How samples lie in the chunks of a file.
-
-    Args:
-        samples: Number of samples, at least 1.
-        chunk_rows: Samples of a chunk.
-        first_rows: Samples of the first chunk where a part of a file begins inside of one; 0 when it is whole.
-        row_bytes: Size of a sample, inflated.
-    """
-
-    samples: int
-    chunk_rows: int = 1
-    first_rows: int = 0
-    row_bytes: int = 1
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise DataError("there are no samples", "look at the file's datasets, and at data.split")
-
-    @cached_property
-    def first(self) -> int:
-        """Samples of the first chunk."""
-        return min(self.first_rows or self.chunk_rows, self.samples)
-
-    @cached_property
-    def chunks(self) -> int:
-        """Number of chunks, broken ones included."""
-        return 1 + -(-(self.samples - self.first) // self.chunk_rows)
-
-    def starts(self, chunks: Ints) -> Ints:
-        """Return the first sample of each chunk."""
-        return np.where(chunks > 0, self.first + (chunks - 1) * self.chunk_rows, 0)
-
-    def sizes(self, chunks: Ints) -> Ints:
-        """Return the number of samples of each chunk."""
-        ends = np.minimum(self.first + chunks * self.chunk_rows, self.samples)
-        return ends - self.starts(chunks)
-
-    @cached_property
-    def broken(self) -> dict[int, int]:
-        """Return {chunk: samples that it lacks} for the first and the last chunk, where they are not whole."""
-        ends = np.unique([0, self.chunks - 1])
-        lacks = self.chunk_rows - self.sizes(ends)
-        return {int(chunk): int(lack) for chunk, lack in zip(ends, lacks, strict=True) if lack}
 
 
 def shard_count(layout: Layout) -> int:
@@ -274,7 +226,7 @@ class EpochOrder:
         starts, offsets = [], [0]
         for name in names.tolist():
             # In Python's own numbers: most windows have few chunks.
-            starts.append(layout.first + (name - 1) * layout.chunk_rows if name else 0)
+            starts.append(layout.start(name))
             offsets.append(offsets[-1] + layout.chunk_rows - layout.broken.get(name, 0))
         return Window(shard, number, self._rows_before(shard, low), names, np.array(starts), np.array(offsets))
 
@@ -304,17 +256,20 @@ class EpochOrder:
 
     def _find_broken(self) -> list[list[tuple[int, int]]]:
         found: list[list[tuple[int, int]]] = [[] for _ in range(self.shards)]
-        for chunk, lack in self.layout.broken.items():
-            place = self._place_of(chunk)
+        lacks = self.layout.broken
+        chunks = np.array(list(lacks), np.int64)
+        for place, lack in zip(self._places_of(chunks).tolist(), lacks.values(), strict=True):
             found[place % self.shards].append((place // self.shards, lack))
         return [sorted(chunks) for chunks in found]
 
-    def _place_of(self, chunk: int) -> int:
+    def _places_of(self, chunks: Ints) -> Ints:
+        """Return the places of the file's chunks in the permutation of all chunks; the inverse of `_chunk_names`."""
         if not self.shuffle:
-            return chunk
+            return chunks
         if self._chunk_table is not None:
-            return int(np.flatnonzero(self._chunk_table == chunk)[0])
-        return int(permute(np.array([chunk]), self.layout.chunks, key_of(self._key, CHUNKS), inverse=True)[0])
+            places = np.flatnonzero(np.isin(self._chunk_table, chunks))
+            return np.asarray(places[np.argsort(self._chunk_table[places])[np.argsort(np.argsort(chunks))]])
+        return permute(chunks, self.layout.chunks, key_of(self._key, CHUNKS), inverse=True)
 
 
 def window_chunks(layout: Layout, shards: int) -> int:
@@ -343,20 +298,27 @@ def node_rows(layout: Layout, batch_size: int, nodes: int) -> int:
     if longer == 0 and not broken:
         return -(-batch_size // nodes)
     classes = [part for part in (range(longer), range(longer, shards)) if len(part)]
-    due = _largest_share(layout, shards, nodes) * batch_size
-    width = 3.0 * broken
+    largest, smallest = _shares(layout, shards, nodes)
+    apart = broken * max(largest, 1 - smallest)
+    # A broken chunk's shard strays by itself, and its absence widens the turns of the others by up to 1.
+    width, widest = broken + apart, 0.0
     for part in classes:
         counts = np.bincount(np.asarray(part) % nodes, minlength=nodes)
-        spare = 1 - (len(part) - 1) / shards
-        width += (1 + broken + int(counts.max() - counts.min())) * spare + _turn_width(part, nodes)
-    return min(batch_size, math.floor(due + width))
+        spare = min(1.0, 1 - (len(part) - broken - 1) / shards)
+        uneven = 1 + int(counts.max() - counts.min()) + len(part) * sum(layout.broken.values()) / layout.samples
+        width += uneven * spare + _turn_width(part, nodes)
+        widest = max(widest, spare)
+    width += apart * widest
+    return min(batch_size, math.floor(largest * batch_size + width))
 
 
-def _largest_share(layout: Layout, shards: int, nodes: int) -> float:
-    """Return a bound of the share that one node has of all samples."""
+def _shares(layout: Layout, shards: int, nodes: int) -> tuple[float, float]:
+    """Return bounds of the share that one node has of all samples: the largest, and the smallest."""
     each, longer = divmod(layout.chunks, shards)
-    chunks = each * (shards // nodes) + -(-longer // nodes)
-    return min(1.0, chunks * layout.chunk_rows / layout.samples)
+    most, fewest = (each * (shards // nodes) + part for part in (-(-longer // nodes), longer // nodes))
+    lacking = sum(layout.broken.values())
+    rows = layout.chunk_rows / layout.samples
+    return min(1.0, most * rows), max(0.0, fewest * rows - lacking / layout.samples)
 
 
 def _turn_width(part: range, nodes: int) -> float:

@@ -11,15 +11,17 @@ import os
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpcutils.data.hdf5 import HDF5Matrix
 from hpcutils.data.order import Cut, Order
 from hpcutils.data.schedule import Task, epoch_order, plan_memory, schedule
-from hpcutils.data.shards import Layout, Window
+from hpcutils.data.segments import Matrix
+from hpcutils.data.segments import layout_of as layout_of
+from hpcutils.data.shards import Window
 from hpcutils.data.shared import SharedMemory, rounded, threads_may_call_mpi, wait_for_all
 from hpcutils.errors import DataError
 
@@ -29,11 +31,6 @@ MAX_THREADS = 8
 PATIENCE_S = 5.0
 # More windows than a shard of any dataset has: tells windows of different epochs apart.
 MAX_WINDOWS = 1 << 40
-
-
-def layout_of(matrix: HDF5Matrix) -> Layout:
-    """Return how the samples of a dataset lie in its chunks."""
-    return Layout(len(matrix), matrix.chunk_rows, -matrix.start % matrix.chunk_rows, matrix.row_bytes)
 
 
 def window_bytes(order: Order, row_bytes: int) -> int:
@@ -46,7 +43,7 @@ class WindowReader:
     """Rows of several datasets of the same length, read in the order of an epoch.
 
     Args:
-        matrices: The datasets; the first one's chunks are those of the order's layout. No normalizers.
+        matrices: The datasets, whose common borders are those of the order's layout (`layout_of`). No normalizers.
         order: This rank's.
         node: mpi4py communicator of the ranks of this node, or `None` for a rank alone.
         epochs: Number of all epochs: nothing is decoded for one that does not come. `None` is for ever.
@@ -55,13 +52,13 @@ class WindowReader:
 
     def __init__(
         self,
-        matrices: list[HDF5Matrix],
+        matrices: Sequence[Matrix],
         order: Order,
         node: Any = None,
         epochs: int | None = None,
         in_background: bool | None = None,
     ) -> None:
-        self.matrices, self.order, self.epochs, self._node = matrices, order, epochs, node
+        self.matrices, self.order, self.epochs, self._node = list(matrices), order, epochs, node
         self.plan = plan_memory(order)
         self._rank: int = node.rank if node is not None else 0
         self._ranks: int = node.size if node is not None else 1
@@ -72,7 +69,8 @@ class WindowReader:
         self._threads: list[threading.Thread] = []
         self._stopped = threading.Event()
         self._error: BaseException | None = None
-        self._counted: Counter[int] = Counter()
+        # By epoch and dataset.
+        self._counted: Counter[tuple[int, int]] = Counter()
         self._next: tuple[int, int] | None = None
         self._last_rows: list[NDArray[Any]] = []
 
@@ -87,7 +85,8 @@ class WindowReader:
             self._done[:] = epoch * self.order.steps + first_step
         self._barrier()
         self._next = (epoch, first_step)
-        self._counted.pop(epoch, None)
+        for number in range(len(self.matrices)):
+            self._counted.pop((epoch, number), None)
         self._schedule = schedule(self.order, self.plan.slots, epoch, first_step, self.epochs)
         # Of each shard, the windows that were given a slot last: (3, live + 1, shards) name, slot, task.
         self._assigned = np.full((3, self.plan.live + 1, self.order.shards), -1, np.int64)
@@ -110,9 +109,9 @@ class WindowReader:
         self._done[self._rank] = epoch * self.order.steps + step + 1
         return read
 
-    def chunks_read(self, epoch: int) -> int:
-        """Return how many chunks of the first dataset this rank fetched for an epoch."""
-        return self._counted[epoch]
+    def chunks_read(self, epoch: int, dataset: int = 0) -> int:
+        """Return how many chunks of a dataset this rank fetched for an epoch."""
+        return self._counted[epoch, dataset]
 
     def close(self) -> None:
         """Let go of memory and files; all ranks of the node call it."""
@@ -203,7 +202,8 @@ class WindowReader:
         for start, low, high in zip(window.starts.tolist(), borders, borders[1:], strict=False):
             chunks = [matrix.read_into(start, rows[low:high]) for matrix, rows in zip(self.matrices, self._rows, strict=True)]
             with self._take:
-                self._counted[task.epoch] += chunks[0]
+                for number, count in enumerate(chunks):
+                    self._counted[task.epoch, number] += count
 
     def _gathered(self, cut: Cut, epoch: int, step: int) -> list[NDArray[Any]]:
         """Wait until all windows of a cut are in their slots and copy its rows from there."""

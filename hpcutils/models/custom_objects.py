@@ -15,12 +15,12 @@ from __future__ import annotations
 import functools
 import importlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from hpcutils.errors import SpecError
+from hpcutils.errors import RequestError, SpecError
 
 # Keras' name for the calling thread's table.
 THREAD_TABLE = "custom_objects_scope_dict"
@@ -37,15 +37,20 @@ class Entered:
     Attributes:
         objects: What it adds.
         thread: The thread that entered it.
-        shared_before: The process's tables when it was entered.
+        shared_before: The process's tables when it was entered; of those of the kinds, the names of `objects` alone.
         own_before: The thread's table when it was entered; `None` where there was none.
+        own: The thread's table inside.
     """
 
     objects: Table
-    thread: int
+    thread: threading.Thread
     shared_before: list[Table]
     own_before: Table | None
+    own: Table
 
+
+# Place among the shared tables of the one that `keras.saving.register_keras_serializable` writes; it is the first.
+SAVED_OBJECTS = 0
 
 # Every open block of the process, the oldest first. LOCK guards it, and changes of the process's tables.
 OPEN: list[Entered] = []
@@ -80,22 +85,37 @@ class CustomObjectScope:
         self.entered: list[Entered] = []
 
     def __enter__(self) -> CustomObjectScope:
-        shared = shared_tables()
+        shared, own_before = shared_tables(), own_table()
+        own = {**(own_before or {}), **self.objects}
         with LOCK:
-            block = Entered(self.objects, threading.get_ident(), [dict(table) for table in shared], own_table())
+            block = Entered(self.objects, threading.current_thread(), remember(shared, self.objects), own_before, own)
             for table in shared:
                 table.update(self.objects)
             OPEN.append(block)
             self.entered.append(block)
-        set_own_table({**(block.own_before or {}), **self.objects})
+        set_own_table(own)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+        thread = threading.current_thread()
         with LOCK:
-            block = next(b for b in reversed(self.entered) if b.thread == threading.get_ident())
+            if not self.entered:
+                raise RequestError("this CustomObjectScope is not open", "leave it once for each time that it was entered")
+            # Another thread may leave it: a pool that ends, a generator that is closed elsewhere.
+            block = next((b for b in reversed(self.entered) if b.thread is thread), self.entered[-1])
             self.entered.remove(block)
             close(block)
-        set_own_table(block.own_before)
+        if block.thread is thread:
+            set_own_table(block.own_before)
+        else:
+            # The other thread's table is out of reach, but it is the one that was set on entering.
+            replace(block.own, block.own_before or {})
+
+
+def remember(shared: Sequence[Table], objects: Table) -> list[Table]:
+    """Return what closing needs of the process's tables: all of the one that names can be registered in, else the same names."""
+    kinds = [{name: table[name] for name in objects if name in table} for table in shared[SAVED_OBJECTS + 1 :]]
+    return [shared[SAVED_OBJECTS].copy(), *kinds]
 
 
 def checked(given: Mapping[str, Any] | None, place: int) -> Mapping[str, Any]:
@@ -131,7 +151,7 @@ def close(block: Entered) -> None:
             for name in block.objects:
                 withdraw(name, block, later, number, table)
         else:
-            replace(table, block.shared_before[number])
+            put_back(table, block, number)
 
 
 def withdraw(name: str, block: Entered, later: list[Entered], number: int, table: Table) -> None:
@@ -149,6 +169,19 @@ def give_back(name: str, added: Any, table: Table, before: Table) -> None:
         del table[name]
         if name in before:
             table[name] = before[name]
+
+
+def put_back(table: Table, block: Entered, number: int) -> None:
+    """Make table `number` what it was when `block` was entered, where no other block is open."""
+    before = block.shared_before[number]
+    if number == SAVED_OBJECTS:
+        replace(table, before)
+        return
+    for name in block.objects:
+        if name in before:
+            table[name] = before[name]
+        else:
+            table.pop(name, None)
 
 
 def replace(table: Table, content: Table) -> None:

@@ -123,10 +123,16 @@ class ParallelModel(keras.Model):  # type: ignore[misc]
             auto_scale_loss=auto_scale_loss,
         )
 
-    def save(self, filepath: Any, overwrite: bool = True, zipped: bool | None = None) -> None:
-        """Save the template to `filepath`: the file loads on a machine with any number of devices."""
+    def save(
+        self, filepath: Any, overwrite: bool = True, zipped: bool | None = None, include_optimizer: bool | None = None
+    ) -> None:
+        """Save the template to `filepath`: the file loads on a machine with any number of devices.
+
+        `include_optimizer` is about an `.h5` file and the template's own optimizer, where that was compiled itself.
+        """
         self.note_template("save")
-        self.template.save(filepath, overwrite=overwrite, zipped=zipped)
+        options = {} if include_optimizer is None else {"include_optimizer": include_optimizer}
+        self.template.save(filepath, overwrite=overwrite, zipped=zipped, **options)
 
     def save_weights(self, filepath: Any, overwrite: bool = True, max_shard_size: float | None = None) -> None:
         """Save the template's weights, which are this model's, to `filepath`."""
@@ -160,7 +166,8 @@ class ParallelModel(keras.Model):  # type: ignore[misc]
         """
         raise RequestError(
             f"the replicated model '{self.name}' has no configuration of its own",
-            hint="use the template: parallel.template, or the model that you gave to multi_gpu_model",
+            hint="save it with its own save(), not with keras.saving.save_model; else use the template: parallel.template, or "
+            "the model that you gave to multi_gpu_model",
         )
 
     def note_template(self, method: str) -> None:

@@ -50,6 +50,7 @@ def print_summary(
 
 def lines(model: Any, line_length: int | None, positions: Sequence[float] | None) -> list[str]:
     """Return the lines of the summary."""
+    positions = None if positions is None else [float(place) for place in positions]  # an array has no truth value
     content = graph.read(model)
     is_chain = content.is_chain or not content.connected
     headings = CHAIN_HEADINGS if is_chain else GRAPH_HEADINGS

@@ -98,11 +98,13 @@ def has_manifest(info: ValidationInfo) -> bool:
     return bool((info.context or {}).get("has_manifest", True))
 
 
-def check_overlap(files: tuple[DataFile, ...], read: str, has_manifest: bool) -> None:
-    """Raise `ValueError` where training cannot start before the data is there."""
-    if read == "mpio":
+def check_overlap(data: Mapping[str, Any], has_manifest: bool) -> None:
+    """Raise `ValueError` where training cannot start before the data is there; `data` is what is checked of its section."""
+    if data.get("read") == "mpio":
         raise ValueError("'overlap' does not go with 'read: mpio': MPI-IO reads files that are there")
-    for file in files:
+    if data.get("trust_files"):
+        raise ValueError("'overlap' does not go with 'trust_files': the files that a file reads may not be there before it is")
+    for file in data.get("files", ()):
         if file.extract is not None:
             raise ValueError(f"'overlap' does not go with 'extract': {file.name} is there when all of its archive is")
         if file.sha256 is None and not has_manifest:

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, Validati
 from hpcutils.specs.fields import Contradiction, Model, check_file, check_function
 from hpcutils.specs.files import DataFile, Split, check_overlap, has_manifest, written_names
 from hpcutils.specs.findings import problems_of
+from hpcutils.specs.references import listed, reference_problems
 from hpcutils.specs.resources import Resources, layout_problem
 from hpcutils.specs.source import Location, Problem, Source
 from hpcutils.specs.yaml_file import read_yaml
@@ -28,12 +29,14 @@ class Data(Model):
 
     sequence: Function | None = None
     files: Annotated[tuple[DataFile, ...], Field(validate_default=True)] = ()
-    x: Annotated[str | None, Field(validate_default=True)] = None
-    y: Annotated[str | None, Field(validate_default=True)] = None
+    # References `file:dataset`; the rows of several follow each other.
+    x: Annotated[tuple[str, ...] | None, Field(validate_default=True)] = None
+    y: Annotated[tuple[str, ...] | None, Field(validate_default=True)] = None
     split: Split = Split()
     normalizer: Function | None = None
     classes: Annotated[int, Field(ge=2)] | None = None
     read: Literal["window", "mpio", "independent"] = "window"
+    trust_files: bool = False
     stage: Literal["before", "overlap"] = "before"
     make: str | None = None
     args: dict[str, Any] = Field(default={})
@@ -49,23 +52,28 @@ class Data(Model):
             raise ValueError("a list of files was expected, each with a 'path' or a 'url'")
         return tuple(value)
 
+    @field_validator("x", "y", mode="before")
+    @classmethod
+    def _references(cls, value: Any) -> Any:
+        return None if value is None else listed(value)
+
     @field_validator("stage")
     @classmethod
     def _may_overlap(cls, value: str, info: ValidationInfo) -> str:
         if value == "overlap":
-            check_overlap(info.data.get("files", ()), info.data.get("read", ""), has_manifest(info))
+            check_overlap(info.data, has_manifest(info))
         return value
 
     @field_validator("x", "y")
     @classmethod
-    def _dataset(cls, value: str | None, info: ValidationInfo) -> str | None:
+    def _dataset(cls, value: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
         # One complaint is enough where both are missing: 'x' is not among the checked values then.
         needed = info.data.get("sequence", "wrong") is None and (info.field_name == "x" or "x" in info.data)
         if value is None and needed:
             raise ValueError("is missing: a dataset of 'files', or else 'sequence' in place of x, y and split")
         return value
 
-    @field_validator("x", "y", "split", "normalizer", "classes", "read", "stage")
+    @field_validator("x", "y", "split", "normalizer", "classes", "read", "trust_files", "stage")
     @classmethod
     def _of_datasets(cls, value: Any, info: ValidationInfo) -> Any:
         if info.data.get("sequence") is not None and _is_given(cls, value, info):
@@ -95,18 +103,16 @@ class Data(Model):
 
     @classmethod
     def contradictions(cls, given: Mapping[str, Any]) -> Iterator[Contradiction]:
-        """Files differ in name, and `x` and `y` name one of them."""
+        """Files differ in name, and what `x` and `y` name is in them."""
         names = written_names(given.get("files"))
         if len(set(names)) != len(names):
             yield (), f"two files have the same name: {', '.join(names)}"
         for key in ("x", "y"):
-            reference = given.get(key)
-            file = reference.rpartition(":")[0] if isinstance(reference, str) else ""
-            if file and file not in names:
-                yield (key,), f"{reference!r} names no file of 'files' ({', '.join(names)})"
+            for said in reference_problems(given.get(key), names):
+                yield (key,), said
 
     @property
-    def datasets(self) -> tuple[str, str]:
+    def datasets(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """x and y of a job without a `sequence`."""
         assert self.x is not None
         assert self.y is not None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hpcutils import fs
-from hpcutils.errors import DataError, SpecError
+from hpcutils.errors import DataError, IntegrityError, SpecError
 from hpcutils.hashing import algorithm_of, digest_file
 from hpcutils.log import LOGGER
 from hpcutils.staging.download import FetchResult, check_digest, disk_errors_named, fetch, transfer
@@ -87,8 +87,8 @@ def get_file(
     The file appears whole and verified, or not at all. Several processes may call at once.
 
     Args:
-        fname: Name in the cache. An absolute path is used as it is.
-        origin: http, https or file URL.
+        fname: Name in the cache, without `..`. An absolute path is used as it is.
+        origin: http, https or file URL, or a path.
         untar: Unpack the tar and return the path of the folder `fname`; the file is kept as `fname.tar.gz`.
         md5_hash: Expected md5; the older way to say `file_hash`.
         file_hash: Expected digest, in either case. A file that is there with another one is fetched again.
@@ -102,7 +102,8 @@ def get_file(
         The absolute or relative path, as the arguments give it, of the file; with `untar` of the folder.
 
     Raises:
-        IntegrityError: What came has another digest; also a `ValueError`. A file that was there is kept.
+        IntegrityError: What came has another digest; also a `ValueError`. A file that was there with a wrong one, too, is
+            removed.
         ArchiveError: The archive is damaged, too large or hostile, or would overwrite a file that is not its own.
         DataError: The origin cannot be had, or the cache cannot be written.
         SpecError: An argument cannot be read as meant.
@@ -136,8 +137,7 @@ def read_request(
     Raises:
         SpecError: An argument cannot be read as meant.
     """
-    if not os.fspath(fname) or os.fspath(fname).endswith("/"):
-        raise SpecError(f"fname {os.fspath(fname)!r} names no file", "give the name that the file has in the cache")
+    _check_names(os.fspath(fname), cache_subdir, cache_dir)
     if md5_hash is not None and file_hash is None:
         file_hash, hash_algorithm = md5_hash, "md5"
     algorithm = _algorithm(hash_algorithm, file_hash)
@@ -146,7 +146,17 @@ def read_request(
     returned = root / cache_subdir / fname
     target = returned.with_name(f"{returned.name}.tar.gz") if untar else returned
     formats = ("tar",) if untar else _formats(archive_format, fname) if extract else ()
-    return FileRequest(origin, target, returned, file_hash and file_hash.lower(), algorithm, formats)
+    return FileRequest(os.fspath(origin), target, returned, file_hash and file_hash.lower(), algorithm, formats)
+
+
+def _check_names(fname: str, *folders: str | os.PathLike[str] | None) -> None:
+    if not fname or fname.endswith("/"):
+        raise SpecError(f"fname {fname!r} names no file", "give the name that the file has in the cache")
+    if ".." in Path(fname).parts:
+        raise SpecError(f"fname {fname!r} leads out of the cache", "give an absolute path, or another cache_dir or cache_subdir")
+    for name in (fname, *(os.fspath(folder) for folder in folders if folder is not None)):
+        if "\0" in name:
+            raise SpecError(f"{name!r} holds a NUL, which no path can", "check fname, cache_subdir and cache_dir")
 
 
 def _algorithm(hash_algorithm: str, file_hash: str | None) -> str:
@@ -171,7 +181,7 @@ def run_request(request: FileRequest) -> None:
     Raises:
         IntegrityError, ArchiveError, DataError: As `get_file`.
     """
-    with disk_errors_named(request.target):
+    with disk_errors_named(request.target), fs.no_new_folders_on_failure(request.target.parent):
         if _is_here(request) and _is_settled(request):
             tidy(request.target)
         else:
@@ -231,15 +241,31 @@ def _is_settled(request: FileRequest) -> bool:
 def _download(request: FileRequest) -> None:
     if request.target.exists():
         LOGGER.warning("%s has another %s than the expected one: fetching it again", request.target, request.algorithm)
-    if request.formats:
-        result = _fetch_and_unpack(request)
-    else:
-        result = fetch(
-            request.origin, request.target, digest=request.digest, algorithm=request.algorithm,
-            progress=_progress(request),
-        )  # fmt: skip
+    try:
+        result = _fetch(request)
+    except IntegrityError:
+        _remove_wrong(request)
+        raise
     if request.digest is None:
         LOGGER.info("%s: file_hash='%s' would verify it (%s)", request.target, result.digest, request.algorithm)
+
+
+def _fetch(request: FileRequest) -> FetchResult:
+    if request.formats:
+        return _fetch_and_unpack(request)
+    return fetch(
+        request.origin, request.target, digest=request.digest, algorithm=request.algorithm, progress=_progress(request)
+    )  # fmt: skip
+
+
+def _remove_wrong(request: FileRequest) -> None:
+    """Remove the file that is there if it is none of what was asked for: a call without a digest would take it as it is.
+
+    Only once the origin gave another wrong one: while it cannot be reached, an old file is better than none.
+    """
+    if request.target.exists() and not _is_here(request):
+        LOGGER.warning("%s has another %s than the expected one, and so has the origin: removed", request.target, request.algorithm)
+        request.target.unlink(missing_ok=True)
 
 
 def _fetch_and_unpack(request: FileRequest) -> FetchResult:

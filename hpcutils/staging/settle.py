@@ -63,7 +63,7 @@ def plan_parcel(tree: Path, archive: Path, names: Iterable[str]) -> Parcel:
     with os.scandir(tree) as entries:
         tops = sorted(entry.name for entry in entries)
     for top in tops:
-        if top == archive.name or top.startswith(f".{archive.name}."):
+        if top == archive.name or top.startswith(f".{fs.short_name(archive.name)}."):
             raise ArchiveError(f"{archive.name} holds a member of its own name, {top!r}", "store it as another fname")
     moves = _moves(tree, archive.parent, "", owned_names(archive))
     return Parcel(tree, archive, tuple(tops), tuple(names), tuple(moves))

@@ -29,12 +29,12 @@ NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, er
 
 def marker_path(target: Path) -> Path:
     """Return the file that says that `target` was unpacked, and what came out of it."""
-    return target.with_name(f".{target.name}.extracted")
+    return target.with_name(f".{fs.short_name(target.name)}.extracted")
 
 
 def lock_path(target: Path) -> Path:
     """Return the file that is there while a call works on `target`, or since one was killed."""
-    return target.with_name(f".{target.name}.lock")
+    return target.with_name(f".{fs.short_name(target.name)}.lock")
 
 
 @contextlib.contextmanager
@@ -44,7 +44,6 @@ def turn(target: Path) -> Iterator[None]:
     Raises:
         OSError: The folder cannot be written.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _take(lock_path(target), target)
     try:
         sweep(target)
@@ -74,7 +73,12 @@ def tidy(target: Path) -> None:
 def _take(lock: Path, target: Path) -> int:
     """Return the descriptor of the lock file, locked where that is possible."""
     while True:
-        descriptor = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        # Again each time: a call that failed takes the empty folder that it made with it.
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            continue
         try:
             _flock(descriptor, target)
             # Whoever had it before has removed the file meanwhile: a lock on a file without a name keeps nobody out.
@@ -114,7 +118,7 @@ def _release(descriptor: int, lock: Path) -> None:
 
 def sweep(target: Path) -> None:
     """Remove temporaries of `target` whose process on this host is dead, or that nobody touched for a day."""
-    prefixes = tuple(f".{path.name}{fs.TEMPORARY_MARK}" for path in (target, marker_path(target)))
+    prefixes = tuple(f".{fs.short_name(path.name)}{fs.TEMPORARY_MARK}" for path in (target, marker_path(target)))
     with os.scandir(target.parent) as entries:
         stale = [Path(entry.path) for entry in entries if entry.name.startswith(prefixes) and _is_stale(entry)]
     for path in stale:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import email.utils
 import http.client
 import re
+import socket
 import ssl
 import urllib.error
 import urllib.parse
@@ -16,11 +17,13 @@ from email.message import Message
 from typing import IO
 
 from hpcutils import __version__
-from hpcutils.errors import DataError, HpcutilsError
+from hpcutils.errors import DataError, HpcutilsError, SpecError
 from hpcutils.staging.sources import Broken, Resume, Source, shown
 
 # Answers that may be another one in a moment.
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+# The name server knows no such host; a name server that does not answer is EAI_AGAIN.
+NO_SUCH_HOST = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
 CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 # A file that changed twice within a second keeps its date: RFC 9110 8.8.2.2 wants a minute between date and answer.
 DATE_IS_STRONG_AFTER_S = 60
@@ -56,7 +59,8 @@ def open_web(url: str, resume: Resume | None, timeout_s: float) -> Source:
 
     Raises:
         Broken: Another try may succeed.
-        DataError: The server says no, its certificate is not valid, or it redirects from https to http.
+        SpecError: The URL cannot be asked for.
+        DataError: There is no such host, the server says no, its certificate is not valid, or it redirects from https to http.
     """
     request = urllib.request.Request(_quoted(url), headers=_headers(resume))
     try:
@@ -64,6 +68,8 @@ def open_web(url: str, resume: Resume | None, timeout_s: float) -> Source:
     except urllib.error.HTTPError as exc:
         exc.close()
         raise _refusal(url, exc, resume) from exc
+    except (http.client.InvalidURL, UnicodeError) as exc:
+        raise SpecError(f"{shown(url)}: not a URL that can be asked for: {exc}", "a URL reads https://host:port/path") from exc
     except (urllib.error.URLError, http.client.HTTPException, OSError) as exc:
         raise _unreachable(url, getattr(exc, "reason", None) or exc) from exc
     try:
@@ -119,6 +125,8 @@ def _unreachable(url: str, reason: object) -> HpcutilsError | Broken:
     if isinstance(reason, ssl.SSLCertVerificationError):
         said = f"{shown(url)}: the certificate is not valid: {reason.verify_message}"
         return DataError(said, "set SSL_CERT_FILE to your site's authorities, if it has its own")
+    if isinstance(reason, socket.gaierror) and reason.errno in NO_SUCH_HOST:
+        return DataError(f"{shown(url)}: {reason.strerror}", "check the spelling of the host, and whether this node may reach it")
     return Broken(f"{shown(url)}: {reason or type(reason).__name__}")
 
 

@@ -26,11 +26,11 @@ class Source(Protocol):
     Attributes:
         mode: How they are read.
         needs_main_thread: Whether reading calls MPI, which allows that in the main thread only or takes one call at a time.
+        chunks: How many chunks they lie in.
     """
 
     mode: str
     needs_main_thread: bool
-    # Chunks that x has in the file.
     chunks: int
 
     def begin(self, epoch: int, first_step: int) -> None:
@@ -43,7 +43,7 @@ class Source(Protocol):
         """Return the first sample `rows` times over, at any time."""
 
     def chunks_read(self, epoch: int) -> int | None:
-        """Return how many chunks of x this rank fetched for an epoch; `None` where nobody counts."""
+        """Return how many chunks this rank fetched for an epoch; `None` where nobody counts."""
 
     def close(self) -> None:
         """Let go of memory and files; the ranks of a node call it together."""
@@ -176,7 +176,7 @@ class RowFeed(Feed):
 
     @property
     def chunks(self) -> int:
-        """The chunks that x has in the file."""
+        """The chunks that its rows lie in."""
         return self.source.chunks
 
     def example(self) -> Arrays:
@@ -185,7 +185,7 @@ class RowFeed(Feed):
         return *self._finished(x, y), np.zeros(self.order.local_rows, np.float32)
 
     def chunks_read(self, epoch: int) -> int | None:
-        """Return how many chunks of x this rank fetched for an epoch."""
+        """Return how many chunks this rank fetched for an epoch."""
         return self.source.chunks_read(epoch)
 
     def _begin(self, epoch: int, first_step: int) -> Make:

@@ -20,8 +20,9 @@ from hpcutils.data.hdf5 import HDF5Matrix
 from hpcutils.data.node import NodeArray
 from hpcutils.data.order import Cut, Order, Seat
 from hpcutils.data.room import ranks_here, usable_bytes
+from hpcutils.data.segments import Matrix, count_chunks, is_chunked, times_fetched
 from hpcutils.data.shared import free_memory_bytes
-from hpcutils.data.windows import WindowReader, layout_of, window_bytes
+from hpcutils.data.windows import WindowReader, window_bytes
 from hpcutils.errors import DataError
 from hpcutils.log import LOGGER
 from hpcutils.train.feed import Source
@@ -74,8 +75,8 @@ def seats(ranks: Ranks) -> tuple[Seat, Seat | None]:
 
 
 def plan_reading(
-    x: HDF5Matrix,
-    y: HDF5Matrix,
+    x: Matrix,
+    y: Matrix,
     order: Order,
     by_node: Seat | None,
     read: str,
@@ -128,10 +129,10 @@ class RowSource:
 
     needs_main_thread = False
 
-    def __init__(self, x: HDF5Matrix, y: HDF5Matrix, node: Any, in_memory: bool) -> None:
+    def __init__(self, x: Matrix, y: Matrix, node: Any, in_memory: bool) -> None:
         self.mode = "memory" if in_memory else "independent"
-        self.chunks = layout_of(x).chunks * x.chunk_pieces
         self._x, self._y = (NodeArray(matrix, node, in_memory) for matrix in (x, y))
+        self.chunks = count_chunks(x.segments) + count_chunks(y.segments)
 
     def begin(self, epoch: int, first_step: int) -> None:
         """Nothing to do."""
@@ -146,7 +147,7 @@ class RowSource:
     def chunks_read(self, epoch: int) -> int | None:
         if self.mode == "independent":
             return None
-        return self._x.chunks_read if epoch == 0 else 0
+        return self._x.chunks_read + self._y.chunks_read if epoch == 0 else 0
 
     def close(self) -> None:
         self._x.close()
@@ -164,15 +165,19 @@ class WindowSource:
         epochs: Of the job.
     """
 
-    def __init__(self, x: HDF5Matrix, y: HDF5Matrix, plan: ReadPlan, node: Any, epochs: int) -> None:
+    def __init__(self, x: Matrix, y: Matrix, plan: ReadPlan, node: Any, epochs: int) -> None:
         self._x, self._y = x, y
         self._labels = NodeArray(y, node) if plan.y_in_memory else None
         matrices = [x] if plan.y_in_memory else [x, y]
-        together = plan.mode == "mpio" and node is not None
+        # Where only one of both has chunks, what is counted is those.
+        self._counted = [number for number, matrix in enumerate(matrices) if is_chunked(matrix)] or [0]
+        self.chunks = sum(count_chunks(matrices[number].segments) for number in self._counted)
         self.mode: str = plan.mode
-        # Collective reads take whole rows, however they are cut.
-        self.chunks = plan.order.layout.chunks * (1 if together else x.chunk_pieces)
-        self._reader = (CollectiveReader if together else WindowReader)(matrices, plan.order, node, epochs)
+        files = [matrix for matrix in matrices if isinstance(matrix, HDF5Matrix)]
+        together = plan.mode == "mpio" and node is not None
+        self._reader: WindowReader = (
+            CollectiveReader(files, plan.order, node, epochs) if together else WindowReader(matrices, plan.order, node, epochs)
+        )
         # Without threads of its own it decodes and waits in the thread that reads.
         self.needs_main_thread: bool = not self._reader.in_background
 
@@ -188,7 +193,7 @@ class WindowSource:
         return np.repeat(x, rows, axis=0), np.repeat(y, rows, axis=0)
 
     def chunks_read(self, epoch: int) -> int:
-        return self._reader.chunks_read(epoch)
+        return sum(self._reader.chunks_read(epoch, number) for number in self._counted)
 
     def close(self) -> None:
         self._reader.close()
@@ -197,7 +202,7 @@ class WindowSource:
 
 
 def open_source(
-    x: HDF5Matrix, y: HDF5Matrix, order: Order, ranks: Ranks, read: str, epochs: int, *, arriving: bool = False
+    x: Matrix, y: Matrix, order: Order, ranks: Ranks, read: str, epochs: int, *, arriving: bool = False
 ) -> tuple[Source, ReadPlan]:
     """Choose how to read x and y, agree on it with all ranks, and get ready.
 
@@ -212,6 +217,10 @@ def open_source(
     """
     if len(x) != len(y):
         raise DataError(f"x has {len(x)} samples and y has {len(y)}", "both must come from the same split of the same data")
+    if read == "mpio" and not (isinstance(x, HDF5Matrix) and isinstance(y, HDF5Matrix)):
+        read = "window"
+        if ranks.world.rank == 0:
+            LOGGER.warning("'read: mpio' takes one file for x and one for y: lists of files are read in windows")
     by_count, by_node = seats(ranks)
     order = replace(order, seat=by_count)
     # Free memory changes while ranks look at it, and nodes differ: the least decides for all.
@@ -223,12 +232,32 @@ def open_source(
     agree(plan, (x, y), ranks)
     if plan.mode == "mpio":
         ranks.together(check_parallel_hdf5)
+    if ranks.world.rank == 0:
+        look_at_borders(plan, x, y)
     if plan.mode in ("window", "mpio"):
         return WindowSource(x, y, plan, ranks.node_comm, epochs), plan
     return RowSource(x, y, ranks.node_comm, plan.mode == "memory"), plan
 
 
-def agree(plan: ReadPlan, matrices: tuple[HDF5Matrix, HDF5Matrix], ranks: Ranks) -> None:
+def look_at_borders(plan: ReadPlan, x: Matrix, y: Matrix) -> None:
+    """Warn of chunks that windows fetch more than once an epoch, since the chunks of x and y have no borders in common."""
+    if plan.mode not in ("window", "mpio"):
+        return
+    for name, matrix in [("x", x)] + ([] if plan.y_in_memory else [("y", y)]):
+        times = times_fetched(plan.order.layout, matrix)
+        if times > 1.01:
+            LOGGER.warning(
+                "the chunks of %s are fetched %.2f times an epoch: those of x have %s rows, those of y %s, and few begin at "
+                "the same sample; write one as a multiple of the other",
+                *(name, times, *(_chunk_sizes(matrix) for matrix in (x, y))),
+            )
+
+
+def _chunk_sizes(matrix: Matrix) -> str:
+    return " or ".join(map(str, sorted({segment.chunk_rows for segment in matrix.segments})))
+
+
+def agree(plan: ReadPlan, matrices: tuple[Matrix, Matrix], ranks: Ranks) -> None:
     """Compare the plan over ranks: a disagreement is an error here, and would be a hang later."""
     plans = ranks.gather((plan.mode, *plan.order.digest(), *((matrix.shape, str(matrix.dtype)) for matrix in matrices)))
     for rank, other in enumerate(plans):

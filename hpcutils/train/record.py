@@ -300,7 +300,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         )
 
     def _data_facts(self, epoch: int) -> dict[str, Any]:
-        """Return how x was read, how often its chunks were fetched over all ranks, and the longest wait of a rank for its data."""
+        """Return how data was read, how often its chunks were fetched over all ranks, and the longest wait of a rank for it."""
         training = self.training
         counts = [count for count in self.ranks.gather(training.chunks_read(epoch)) if count is not None]
         return {

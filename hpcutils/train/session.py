@@ -16,9 +16,10 @@ import keras
 
 from hpcutils import fs
 from hpcutils.data.hdf5 import HDF5Matrix
+from hpcutils.data.joined import JoinedMatrix, join
 from hpcutils.data.order import Order
 from hpcutils.data.quality import BADLY_MIXED, measure
-from hpcutils.data.windows import layout_of
+from hpcutils.data.segments import Matrix, layout_of
 from hpcutils.errors import HpcutilsError, JobFailedError, SpecError
 from hpcutils.log import LOGGER
 from hpcutils.models.custom_objects import CustomObjectScope
@@ -147,8 +148,8 @@ def open_data(job: Job, run: RunDirectory, ranks: Ranks, arrivals: Arrivals) -> 
     plans: list[ReadPlan] = []
 
     def opened(name: str, part: tuple[int, int | None], shuffle: bool) -> Feed:
-        x, y = (ranks.together(lambda ref=ref: _open(job, arrivals, ref, part)) for ref in job.data.datasets)  # type: ignore[misc]
-        order = Order(layout_of(x), job.training.batch_size, seed=job.training.seed, shuffle=shuffle)
+        x, y = (ranks.together(lambda refs=refs: _open(job, arrivals, refs, part)) for refs in job.data.datasets)  # type: ignore[misc]
+        order = Order(layout_of(x, y), job.training.batch_size, seed=job.training.seed, shuffle=shuffle)
         source, plan = open_source(x, y, order, ranks, job.data.read, job.training.epochs, arriving=arrivals.is_open)
         if ranks.world.rank == 0:
             LOGGER.info("%s: %d samples, %d steps of %d, read: %s", name, len(x), order.steps, order.batch_size, plan)
@@ -179,7 +180,7 @@ def memory_of(plans: list[ReadPlan], feeds: list[Feed]) -> str:
     )
 
 
-def look_at_mixing(order: Order, labels: HDF5Matrix) -> None:
+def look_at_mixing(order: Order, labels: Matrix) -> None:
     """Log how well the order mixes; warn where the file is sorted by label, and of what becomes of that."""
     if not order.shuffle or labels.row_bytes > MOST_LABEL_BYTES or labels.dtype.kind not in "iufb":
         return
@@ -192,12 +193,19 @@ def look_at_mixing(order: Order, labels: HDF5Matrix) -> None:
         )
 
 
-def _open(job: Job, arrivals: Arrivals, reference: str, part: tuple[int, int | None]) -> HDF5Matrix:
-    name, dataset = job.data.locate(reference)
-    path, source, (start, end) = str(arrivals.staged[name].path), arrivals.sources.get(name), part
-    if source is None:
-        return HDF5Matrix(path, dataset, start, end)
-    return HDF5Matrix.arriving(source, path, dataset, start, end)
+def _open(job: Job, arrivals: Arrivals, references: tuple[str, ...], part: tuple[int, int | None]) -> HDF5Matrix | JoinedMatrix:
+    """Open a part of the datasets that `references` name, one after the other; those of files that arrive from their sources."""
+    located = [job.data.locate(reference) for reference in references]
+    paths = {file: str(arrivals.staged[file].path) for file, _ in located}
+    sources = {paths[file]: arrivals.sources[file] for file in paths if file in arrivals.sources}
+    open_matrix = HDF5Matrix.trusting if job.data.trust_files else HDF5Matrix
+
+    def opened(path: str, dataset: str, start: int, end: int | None) -> HDF5Matrix:
+        if path in sources:
+            return HDF5Matrix.arriving(sources[path], path, dataset, start, end)
+        return open_matrix(path, dataset, start, end)
+
+    return join([(paths[file], dataset) for file, dataset in located], *part, opened)
 
 
 def build_model(job: Job, code: Path) -> Any:

@@ -22,8 +22,16 @@ ROW_BYTES = (1, POOL_BYTES // 400, POOL_BYTES // 40)
 @st.composite
 def layouts(draw, most=200):
     chunk_rows = draw(st.integers(1, 12))
+    samples = draw(st.integers(1, most))
     first_rows = draw(st.integers(0, chunk_rows - 1))
-    return Layout(draw(st.integers(1, most)), chunk_rows, first_rows, draw(st.sampled_from(ROW_BYTES)))
+    breaks = draw(breaks_of(samples, chunk_rows))
+    return Layout(samples, chunk_rows, first_rows, draw(st.sampled_from(ROW_BYTES)), breaks)
+
+
+def breaks_of(samples, chunk_rows):
+    """Where further files begin: some at any sample, each with a first chunk of any size."""
+    starts = st.lists(st.integers(1, max(samples - 1, 1)), unique=True, max_size=min(samples - 1, 12)).map(sorted)
+    return starts.flatmap(lambda found: st.tuples(*(st.tuples(st.just(s), st.integers(0, chunk_rows - 1)) for s in found)))
 
 
 @st.composite
@@ -43,6 +51,20 @@ def plans(draw):
     ranks = draw(st.integers(1, 9))
     seats = draw(worlds(layout)) if shuffle else [Seat(ranks=ranks, rank=rank) for rank in range(ranks)]
     return [Order(layout, batch, seat, seed, shuffle) for seat in seats], draw(st.integers(0, 5))
+
+
+@given(layouts())
+def test_chunks_begin_anew_in_each_file(layout):
+    """Against the plain way: cut each file by itself, the first chunk where it was begun before, the last where it ends."""
+    expected = []
+    edges = [*layout.breaks, (layout.samples, 0)]
+    for (start, first), (stop, _) in zip([(0, layout.first_rows), *layout.breaks], edges, strict=False):
+        expected += [start, *range(start + (first or layout.chunk_rows), stop, layout.chunk_rows)]
+    chunks = np.arange(layout.chunks)
+    assert layout.starts(chunks).tolist() == [layout.start(chunk) for chunk in chunks.tolist()] == expected
+    assert layout.sizes(chunks).tolist() == np.diff([*expected, layout.samples]).tolist()
+    assert [layout.chunk_rows - layout.broken.get(chunk, 0) for chunk in chunks.tolist()] == layout.sizes(chunks).tolist()
+    assert 0 not in layout.broken.values()
 
 
 @settings(max_examples=300)
@@ -176,6 +198,9 @@ def test_even_shards_need_no_padding():
     assert [node_rows(layout, 192, nodes) for nodes in SHARD_COUNTS] == [192 // nodes for nodes in SHARD_COUNTS]
     # A broken chunk costs some percent.
     assert node_rows(Layout(400_001, 64, 0, 12288), 256, 2) <= 1.07 * 128
+    ten_files = Layout(400_030, 64, 0, 12288, tuple((number * 40_003, 0) for number in range(1, 10)))
+    assert len(ten_files.broken) == 10
+    assert node_rows(ten_files, 256, 2) <= 1.2 * 128
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**64 - 1))

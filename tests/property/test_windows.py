@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_order import breaks_of
 
 from hpcutils.data import shards
 from hpcutils.data.hdf5 import HDF5Matrix
@@ -57,8 +58,8 @@ def test_rows_are_the_files_and_each_chunk_is_fetched_once(path, data):
                 np.testing.assert_array_equal(labels, cut.rows + start)
                 np.testing.assert_array_equal(rows, labels[:, None, None] * 24 + np.arange(24).reshape(4, 6))
             if first_step == 0:
-                assert x.chunk_pieces == (4 if name == "cut" else 1)
-                assert reader.chunks_read(epoch) == layout.chunks * x.chunk_pieces
+                assert x.segments[0].columns == (4 if name == "cut" else 1)
+                assert reader.chunks_read(epoch) == layout.chunks * x.segments[0].columns
         reader.close()
 
 
@@ -67,7 +68,9 @@ def test_no_schedule_gets_stuck(data):
     """Played with one rank a node: when a step is read, all that it needs was in a slot that was free by then."""
     row_bytes = data.draw(st.sampled_from([1, shards.POOL_BYTES // 300, shards.POOL_BYTES // 30]))
     chunk_rows = data.draw(st.integers(1, 9))
-    layout = Layout(data.draw(st.integers(1, 300)), chunk_rows, data.draw(st.integers(0, chunk_rows - 1)), row_bytes)
+    samples = data.draw(st.integers(1, 300))
+    breaks = data.draw(breaks_of(samples, chunk_rows))
+    layout = Layout(samples, chunk_rows, data.draw(st.integers(0, chunk_rows - 1)), row_bytes, breaks)
     nodes = data.draw(st.sampled_from([n for n in range(1, 13) if shard_count(layout) % n == 0]))
     order = Order(layout, data.draw(st.integers(1, 300)), Seat(nodes, data.draw(st.integers(0, nodes - 1))), 5)
     slots = plan_memory(order).slots

@@ -58,7 +58,7 @@ def job_of(kind: str, batch: int) -> Any:
 
 def step_of(path: str, kind: str, samples: int, batch: int, ranks: Ranks, reducer: Any) -> dict[str, list[float]]:
     job = job_of(kind, batch)
-    x, y = (HDF5Matrix(path, name, 0, samples) for name in (job.data.x, job.data.y))
+    x, y = (HDF5Matrix(path, name, 0, samples) for (name,) in job.data.datasets)
     source, plan = open_source(x, y, Order(layout_of(x), batch, seed=1), ranks, "window", 1)
     order = plan.order
     template = build(kind)

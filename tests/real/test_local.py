@@ -98,3 +98,61 @@ def test_summary_and_plot_of_a_job(tmp_path):
         [sys.executable, "-m", "hpcutils", "plot", str(DIGITS), "-o", "net.svg"], cwd=tmp_path, capture_output=True, check=True
     )
     assert "conv2d" in (tmp_path / "net.svg").read_text()
+
+
+CUSTOM = """
+import keras
+
+
+class Doubling(keras.layers.Layer):
+    def call(self, x):
+        return 2 * x
+
+
+def cubic(x):
+    return x**3
+
+
+def shrink(weights):
+    return 1e-4 * keras.ops.sum(keras.ops.abs(weights))
+
+
+def scale(batch):
+    return batch.astype("float32") / 16.0
+
+
+def build():
+    inputs = keras.Input((8, 8, 1))
+    x = keras.layers.Flatten()(inputs)
+    x = keras.layers.Dense(16, activation="my_cubic", kernel_regularizer="my_shrink")(Doubling()(x))
+    return keras.Model(inputs, keras.layers.Dense(10, activation="softmax")(x))
+"""
+
+
+def hpcutils(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "hpcutils", *words], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_a_job_names_custom_objects_and_so_do_summary_and_plot(tmp_path):
+    """The names stand in train.yaml alone: the model is built with them, saved, and read again by them."""
+    job = tmp_path / "job"
+    job.mkdir()
+    (job / "make_data.py").write_text((DIGITS.parent / "make_data.py").read_text())
+    (job / "model.py").write_text(CUSTOM)
+    objects = "custom_objects: {my_cubic: 'model.py:cubic', my_shrink: 'model.py:shrink', Doubling: 'model.py:Doubling'}"
+    text = (DIGITS.parent / "train.yaml").read_text().replace("args: {filters: 32}", objects)
+    assert objects in text
+    (job / "train.yaml").write_text(text)
+    done = hpcutils(job, "run", "train.yaml", "--epochs", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    saved = Path(json.loads(done.stdout.splitlines()[-1])["path"]) / "model.keras"
+
+    # Elsewhere the names are given on the command line: what the file knows is the functions' own names.
+    named = [f"{job}/model.py:{name}" for name in ("Doubling", "cubic")] + [f"shrink={job}/model.py:shrink"]
+    words = [word for name in named for word in ("--custom-objects", name)]
+    shown = hpcutils(tmp_path, "summary", str(saved), *words)
+    assert shown.returncode == 0, shown.stderr
+    assert "Doubling" in shown.stdout
+    drawn = hpcutils(tmp_path, "plot", str(saved), "-o", "net.dot", *words)
+    assert drawn.returncode == 0, drawn.stderr
+    assert "Doubling" in (tmp_path / "net.dot").read_text()

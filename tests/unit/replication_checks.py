@@ -557,6 +557,33 @@ def saving_writes_the_template() -> None:
 
 
 @check(2)
+def saving_without_the_optimizer_and_by_keras_own_function() -> None:
+    from hpcutils.errors import RequestError
+
+    model = convolutional()
+    model.compile("adam", keras.losses.MeanSquaredError())
+    parallel = parallel_of(model)
+    with tempfile.TemporaryDirectory() as folder:
+        for include, found in ((True, "Adam"), (False, "NoneType")):
+            parallel.save(Path(folder, "m.h5"), include_optimizer=include)
+            assert type(getattr(keras.saving.load_model(Path(folder, "m.h5")), "optimizer", None)).__name__ == found
+        parallel.save(Path(folder, "m.keras"), include_optimizer=False)
+        assert_close(keras.saving.load_model(Path(folder, "m.keras"))(images(4)), model(images(4)))
+        said = str(raised(RequestError, lambda: keras.saving.save_model(parallel, Path(folder, "n.keras"))))
+        assert "its own save()" in said
+
+
+@check(2)
+def a_clone_is_an_ordinary_model_with_weights_of_its_own() -> None:
+    parallel = parallel_of(convolutional())
+    clone = keras.models.clone_model(parallel)
+    assert type(clone) is keras.Model or type(clone).__name__ == "Functional"
+    clone.set_weights(parallel.get_weights())
+    assert_close(clone(images(5)), parallel(images(5)))
+    assert {id(v) for v in clone.variables}.isdisjoint(id(v) for v in parallel.variables)
+
+
+@check(2)
 def its_configuration_is_the_templates_or_refused() -> None:
     from hpcutils.errors import RequestError
 

@@ -168,7 +168,9 @@ def test_a_source_that_said_something_else_meanwhile_is_an_error(folder, gate):
         stream.seek(15 * SEGMENT)
         stream.write(b"other")
     read(arrivals, 15 * SEGMENT, SEGMENT)
-    (folder / "sets" / "x.h5").write_bytes(BODY)
+    # In place: the moving has not opened the file yet, perhaps, and would find it without its length.
+    with (folder / "sets" / "x.h5").open("r+b") as stream:
+        stream.write(BODY)
     gate.opened.set()
     with pytest.raises(IntegrityError, match="were others when training read them"):
         arrivals.finish()

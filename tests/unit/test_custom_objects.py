@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from model_samples import example_of
 
-from hpcutils.errors import SpecError
+from hpcutils.errors import RequestError, SpecError
 from hpcutils.models.custom_objects import CustomObjectScope
 
 
@@ -216,6 +216,41 @@ def test_scopes_of_two_threads_overlap_in_any_order(first_closes_first: bool) ->
             assert in_thread(lambda: activation("both")) is other
             leave.set()
             running.result(10)
+
+
+def test_another_thread_may_close_it() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with CustomObjectScope({"act": other}):
+            scope = CustomObjectScope({"MyObject": MyObject, "act": cubic})
+            pool.submit(scope.__enter__).result(10)
+            assert resolves("MyObject")
+            scope.__exit__(None, None, None)
+            assert not resolves("MyObject")
+            assert activation("act") is other
+        assert not pool.submit(resolves, "MyObject").result(10), "nor in the thread that entered it"
+        assert pool.submit(keras.saving.get_registered_object, "MyObject").result(10) is None
+
+
+def test_it_can_be_left_only_as_often_as_it_was_entered() -> None:
+    scope = CustomObjectScope({"MyObject": MyObject})
+    with scope:
+        pass
+    with pytest.raises(RequestError, match="not open"):
+        scope.__exit__(None, None, None)
+
+
+def test_what_a_block_replaced_or_renamed_is_put_back() -> None:
+    registered = keras.saving.get_custom_objects()
+    registered.update(first=cubic, second=other)
+    try:
+        with CustomObjectScope({"act": cubic}):
+            registered["first"] = other
+            registered["third"] = registered.pop("second")
+        assert registered["first"] is cubic
+        assert registered["second"] is other
+        assert "third" not in registered
+    finally:
+        del registered["first"], registered["second"]
 
 
 def test_many_threads_at_once_leave_nothing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 import resource
 import socket
 from collections.abc import Iterator
@@ -294,3 +295,32 @@ def test_progress_counts_what_is_there(site: Site, target: Path) -> None:
     assert counts == sorted(counts)
     assert recorder.states[-1] == (len(BODY), len(BODY))
     assert recorder.closed == 1
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "exa mple", "x" * 70 + ".invalid"])
+def test_a_host_that_cannot_be_is_asked_once(tmp_path: Path, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a machine without name servers says (try again) is another matter: this is their answer that there is none."""
+    asked = []
+
+    def resolve(name: str, *args: object, **kwargs: object) -> list[object]:
+        asked.append(name)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with pytest.raises((DataError, SpecError), match=re.escape(host[:20])):
+        fetch(f"http://{host}/x", tmp_path / "x")
+    assert len(asked) <= 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_server_that_is_busy_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def resolve(name: str, *args: object, **kwargs: object) -> list[object]:
+        asked.append(name)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with pytest.raises(DataError, match="gave up after 3 tries"):
+        fetch("http://example.invalid/x", tmp_path / "x", patience=Patience(3, 0.01))
+    assert len(asked) == 3

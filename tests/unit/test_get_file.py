@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from get_file_samples import tree_of
+from get_file_samples import tar_of, tree_of
 from servers import Site, breaks_after, serving
 
-from hpcutils.errors import DataError, IntegrityError, SpecError
+from hpcutils.errors import ArchiveError, DataError, IntegrityError, SpecError
 from hpcutils.staging.get_file import FileRequest, get_file, plan_download
 from hpcutils.staging.progress import Bar, Lines, progress_for
 
@@ -69,10 +69,49 @@ class TestPlaces:
         assert "cache_dir" in str(caught.value)
         assert site.seen == []
 
-    @pytest.mark.parametrize("fname", ["", "folder/"])
-    def test_a_name_of_nothing(self, cache: Path, fname: str) -> None:
+    @pytest.mark.parametrize("fname", ["", "folder/", "x\0.bin", "../x.bin", "a/../../x.bin"])
+    def test_a_name_of_nothing_or_of_elsewhere(self, cache: Path, fname: str) -> None:
         with pytest.raises(SpecError):
             get_file(fname, "http://127.0.0.1/x")
+
+    @pytest.mark.parametrize("where", ["cache_subdir", "cache_dir"])
+    def test_a_folder_with_a_nul(self, cache: Path, where: str) -> None:
+        with pytest.raises(SpecError, match="NUL"):
+            get_file("x.bin", "http://127.0.0.1/x", **{where: "a\0b"})
+
+    @pytest.mark.parametrize("name", ["n" * 240, "n" * 255, "\u00e9" * 120, "n" * 200 + ".tar.gz"])
+    def test_long_names(self, site: Site, cache: Path, name: str) -> None:
+        packed = tar_of({"a": b"a"})
+        for _ in range(2):
+            get_file(name, site.put("/x", packed), extract=True, file_hash=hashlib.sha256(packed).hexdigest())
+        assert len(site.seen) == 1
+        found = {key: value for key, value in tree_of(cache).items() if not key.endswith(".extracted")}
+        assert found == {name: packed, "a": b"a"}
+
+    def test_a_name_that_is_too_long_for_the_disk(self, site: Site, cache: Path) -> None:
+        with pytest.raises(DataError, match="File name too long"):
+            get_file("n" * 256, site.put("/x", BODY))
+
+    def test_a_path_as_origin(self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "there").mkdir()
+        (tmp_path / "there" / "x.bin").write_bytes(BODY)
+        monkeypatch.chdir(tmp_path)
+        get_file("x.bin", "there/x.bin")
+        get_file("y.bin", tmp_path / "there" / "x.bin")
+        assert tree_of(cache) == {"x.bin": BODY, "y.bin": BODY}
+
+    def test_a_failure_leaves_no_new_folder(self, site: Site, cache: Path, tmp_path: Path) -> None:
+        hostile = site.put("/p", tar_of({"../a": b"a"}))
+        with pytest.raises(ArchiveError):
+            get_file("x.tar.gz", hostile, extract=True, cache_subdir="new/deep")
+        with pytest.raises(DataError, match="404"):
+            get_file("x.bin", site.url + "/missing")
+        assert not (tmp_path / "keras").exists()
+        cache.mkdir(parents=True)
+        with pytest.raises(ArchiveError):
+            get_file("x.tar.gz", hostile, extract=True, cache_subdir="datasets/new")
+        assert list(cache.iterdir()) == []
+        assert cache.is_dir(), "a folder that was there stays"
 
     def test_a_folder_in_the_way(self, cache: Path) -> None:
         (cache / "x.bin").mkdir(parents=True)
@@ -99,14 +138,23 @@ class TestCache:
         get_file("x.bin", site.put("/x", BODY), file_hash=HASHES["sha256"])
         assert tree_of(cache) == {"x.bin": BODY}
 
-    def test_and_is_not_lost_when_that_fails(self, site: Site, cache: Path) -> None:
+    def test_and_is_not_lost_when_the_origin_cannot_be_had(self, site: Site, cache: Path) -> None:
         cache.mkdir(parents=True)
         (cache / "x.bin").write_bytes(b"old")
         with pytest.raises(DataError, match="404"):
             get_file("x.bin", site.url + "/missing", file_hash=HASHES["sha256"])
-        with pytest.raises(IntegrityError):
-            get_file("x.bin", site.put("/x", BODY + b"!"), file_hash=HASHES["sha256"])
         assert tree_of(cache) == {"x.bin": b"old"}
+
+    @pytest.mark.parametrize("extract", [False, True])
+    def test_a_wrong_file_goes_when_the_origin_has_another_wrong_one(self, site: Site, cache: Path, extract: bool) -> None:
+        cache.mkdir(parents=True)
+        (cache / "x.bin").write_bytes(b"old")
+        url = site.put("/x", BODY + b"!")
+        with pytest.raises(IntegrityError):
+            get_file("x.bin", url, file_hash=HASHES["sha256"], extract=extract)
+        assert tree_of(cache) == {}
+        get_file("x.bin", site.put("/y", BODY))
+        assert tree_of(cache) == {"x.bin": BODY}, "a call without a digest does not meet the wrong file"
 
     def test_a_broken_connection_is_continued(self, site: Site, cache: Path) -> None:
         get_file("x.bin", site.put("/x", BODY, breaks_after(70_000)))

@@ -368,3 +368,157 @@ def test_closed(tmp_path, options):
     assert np.array_equal(other[5], ARRAY[5]), "another matrix of the same file goes on"
     other.close()
     assert descriptors(path) == []
+
+
+# -- beside ordinary h5py handles -------------------------------------------------------------------------------------
+
+LOCKINGS = [None, False, True, "best-effort"]
+
+
+def in_another_process(code, path):
+    return subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("options", [SHUFFLED, {"chunks": (16, 6)}, {"chunks": None}], ids=["shuffled", "chunked", "contiguous"])
+@pytest.mark.parametrize("locking", LOCKINGS)
+def test_an_ordinary_handle_may_be_open_already(tmp_path, options, locking):
+    path = write(tmp_path / "file.h5", **options)
+    with h5py.File(path, "r", locking=locking) as file:
+        matrix = HDF5Matrix(path, "data", 10)
+        for key in (slice(3, 50), [5, 80, 5], 7):
+            assert np.array_equal(matrix[key], file["data"][10:][key])
+        matrix.close()
+        assert np.array_equal(file["data"][:], ARRAY), "ours closes only itself"
+    assert np.array_equal(HDF5Matrix(path, "data")[:], ARRAY)
+
+
+@pytest.mark.parametrize("options", [SHUFFLED, {"chunks": (16, 6)}, {"chunks": None}], ids=["shuffled", "chunked", "contiguous"])
+def test_an_ordinary_handle_may_be_opened_afterwards(tmp_path, options):
+    path = write(tmp_path / "file.h5", **options)
+    matrix = HDF5Matrix(path, "data", 10)
+    with h5py.File(path) as file, h5py.File(path, "r") as again:
+        assert np.array_equal(matrix[3:50], file["data"][13:60])
+        assert np.array_equal(matrix[[5, 80]], again["data"][[15, 90]])
+    assert np.array_equal(matrix[3:50], ARRAY[13:60]), "theirs closes only itself"
+
+
+def test_no_lock_is_kept_and_none_of_another_handle_is_lost(path):
+    """Another process may write while a matrix is open, and may not while an ordinary handle here holds its lock."""
+    code = "import h5py, sys; h5py.File(sys.argv[1], 'r+')['data'][0] = 7"
+    matrix = HDF5Matrix(path, "data")
+    assert in_another_process(code, path).returncode == 0
+    assert np.array_equal(matrix[0], np.full(6, 7))
+    matrix.close()
+    with h5py.File(path, "r", locking=True), HDF5Matrix(path, "data"):
+        assert "lock" in in_another_process(code, path).stderr
+
+
+def test_a_file_that_another_process_locks_is_read(path):
+    code = "import h5py, sys; f = h5py.File(sys.argv[1], 'r+'); print(); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        writer.stdout.readline()
+        with pytest.raises(OSError, match="lock"):
+            h5py.File(path, "r")
+        assert np.array_equal(HDF5Matrix(path, "data")[:], ARRAY)
+
+
+# -- the file changes, or is closed, while threads read ---------------------------------------------------------------
+
+
+def read_while(change, matrices, keys):
+    """Call `change` again and again while threads read; return what went wrong."""
+    stop, wrong = threading.Event(), []
+
+    def read(matrix, key):
+        while not stop.is_set():
+            CACHE.renew()
+            try:
+                if not np.array_equal(matrix[key], ARRAY[key]):
+                    wrong.append("other rows")
+            except Exception as exc:  # noqa: BLE001 - the test says which are right
+                wrong.append(f"{type(exc).__name__}: {exc}")
+
+    with ThreadPoolExecutor(len(matrices) * len(keys)) as pool:
+        running = [pool.submit(read, matrix, key) for matrix in matrices for key in keys]
+        for number in range(150):
+            change(number)
+        stop.set()
+    assert all(each.done() for each in running)
+    return wrong
+
+
+@pytest.mark.parametrize(
+    "options", [SHUFFLED, {"compression": "lzf", "chunks": (16, 6)}, {"chunks": (7, 2)}, {"chunks": None}], ids=str
+)
+def test_threads_read_on_when_the_file_changes(tmp_path, options):
+    path = write(tmp_path / "file.h5", **options)
+    matrices = [HDF5Matrix(path, "data") for _ in range(2)]
+    # Another time: the handles are closed and opened anew, as after a write.
+    wrong = read_while(
+        lambda number: (os.utime(path, (number, number)), matrices[number % 2][0]), matrices, [slice(3, 60), [5, 90]]
+    )
+    assert wrong == []
+
+
+@pytest.mark.parametrize("options", [SHUFFLED, {"compression": "lzf", "chunks": (16, 6)}, {"chunks": None}], ids=str)
+def test_threads_read_on_when_the_source_of_a_view_changes(tmp_path, options):
+    path = write(tmp_path / "rows.h5", **options)
+    with h5py.File(tmp_path / "view.h5", "w") as file:
+        layout = h5py.VirtualLayout(ARRAY.shape, "f4")
+        layout[:] = h5py.VirtualSource("rows.h5", "data", ARRAY.shape, "f4")
+        file.create_virtual_dataset("data", layout)
+    matrices = [HDF5Matrix.trusting(tmp_path / "view.h5", "data") for _ in range(2)]
+    assert type(matrices[0]._handle.reader).__name__ == "ViewReader"
+    wrong = read_while(
+        lambda number: (os.utime(path, (number, number)), matrices[number % 2][0]), matrices, [slice(3, 60), [5, 90]]
+    )
+    assert wrong == []
+
+
+@pytest.mark.parametrize("options", [SHUFFLED, {"compression": "lzf", "chunks": (16, 6)}, {"chunks": None}], ids=str)
+def test_a_read_that_close_interrupts_says_so(tmp_path, options):
+    path = write(tmp_path / "file.h5", **options)
+    for _ in range(30):
+        matrix = HDF5Matrix(path, "data")
+        wrong = read_while(
+            lambda number, matrix=matrix: matrix.close() if number == 100 else matrix.shape, [matrix], [slice(3, 60)]
+        )
+        assert all(each.startswith("DataError: ") and "is closed" in each for each in wrong)
+    assert descriptors(path) == []
+
+
+@pytest.mark.parametrize("options", [SHUFFLED, {"compression": "lzf", "chunks": (16, 6)}], ids=str)
+def test_an_error_names_the_dataset_also_when_it_is_closed(tmp_path, options):
+    handle = HDF5Matrix(write(tmp_path / "file.h5", **options), "data")._open()
+    handle.file.close()
+    with pytest.raises(DataError, match=r"file\.h5, dataset /data: cannot be read"):
+        handle.reader.read(range(16, 40))
+    with pytest.raises(DataError, match=r"file\.h5, dataset /data: cannot be read"):
+        handle.reader.read(np.array([3, 1]))
+
+
+@pytest.mark.parametrize("options", [SHUFFLED, {"chunks": (16, 6)}, {"chunks": None}], ids=["shuffled", "chunked", "contiguous"])
+def test_a_change_that_restores_the_time_is_seen(tmp_path, options):
+    """As `rsync --times` and `cp --preserve` leave it: the same size, the same time of change of the data."""
+    path = write(tmp_path / "file.h5", **options)
+    other = write(tmp_path / "other.h5", ARRAY[::-1], **options).read_bytes()
+    size = max(len(other), path.stat().st_size)  # gzip may differ by some bytes; HDF5 takes a longer file
+    os.truncate(path, size)
+    other = other.ljust(size, b"\0")
+    matrix = HDF5Matrix(path, "data")
+    assert np.array_equal(matrix[[0, 5]], ARRAY[[0, 5]])
+    before = path.stat()
+    while path.stat().st_ctime_ns == before.st_ctime_ns:  # the kernel's clock for files ticks every few ms
+        path.write_bytes(other)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    for key in ([0, 5], slice(3, 40), 99):
+        assert np.array_equal(matrix[key], ARRAY[::-1][key])
+
+
+def test_a_link_or_other_rights_do_not_hurt(path, tmp_path):
+    matrix = HDF5Matrix(path, "data")
+    (tmp_path / "link.h5").hardlink_to(path)
+    assert np.array_equal(matrix[[99, 0]], ARRAY[[99, 0]])
+    path.chmod(0o444)
+    assert np.array_equal(matrix[[99, 0]], ARRAY[[99, 0]])

@@ -56,6 +56,20 @@ def test_defaults_and_round_trip(folder):
     assert read_job(job.model_dump_json()) == job
 
 
+def test_datasets_may_be_lists(folder):
+    job = load(folder, GOOD.replace("  x: images", "  x:\n    - data.h5:images\n    - data.h5:more/images"))
+    assert [job.data.locate(reference) for reference in job.data.x] == [("data.h5", "images"), ("data.h5", "more/images")]
+    assert job.data.y == ("labels",)
+    assert read_job(job.model_dump_json()) == job
+
+
+def test_files_are_not_trusted_unless_said(folder):
+    assert not load(folder, GOOD).data.trust_files
+    assert load(folder, GOOD.replace("  y: labels", "  y: labels\n  trust_files: true")).data.trust_files
+    text = GOOD.replace("  y: labels", "  y: labels\n  trust_files: maybe")
+    assert failure(folder, text) == "train.yaml:7:16: data.trust_files: true or false was expected, got 'maybe'"
+
+
 def test_unknown_key_names_place_and_nearest_key(folder):
     text = GOOD.replace("  epochs: 1", "  epoch: 1")
     lines = failure(folder, text).splitlines()
@@ -111,6 +125,16 @@ def test_missing_data_is_fine_when_the_job_makes_it(folder):
         ("- path: data.h5", "- url: s3://x/data.h5", "4:7", "a file by URL needs its 'sha256'"),
         ("- path: data.h5", "- url: https://x/data.h5", "4:7", "a file by URL needs its 'sha256'"),
         ("  x: images", "  x: other.h5:images", "5:6", "names no file of 'files'"),
+        (
+            "  x: images",
+            "  x:\n    - data.h5:images\n    - other.h5:images",
+            "6:5",
+            "'other.h5:images' names no file of 'files' (data.h5)",
+        ),
+        ("  x: images", "  x: ['data.h5:images', more]", "5:6", "'more' names no file: in a list each is 'file:dataset'"),
+        ("  x: images", "  x: ['data.h5:']", "5:6", "'data.h5:' names no dataset"),
+        ("  x: images", "  x: []", "5:6", "the name of a dataset, or a list of them, was expected, got []"),
+        ("  x: images", "  x: [data.h5:images, 3]", "5:23", "data.x.1: text was expected, got 3"),
         ("loss: mse", "loss: mse\n  optimizer: {learning_rate: 0.1}", "13:14", "needs its 'name'"),
         ("loss: mse", "loss: mse\nresources: {time: 1h}", "13:19", "HH:MM:SS"),
         ("loss: mse", "loss: mse\nresources: {devices: tpu}", "13:22", "'gpu' or 'simulated'"),
@@ -301,6 +325,7 @@ SHA = "ab" * 32
     "file, more, said",
     [
         (f"{{path: data.h5, sha256: {SHA}}}", "  read: mpio\n", "'overlap' does not go with 'read: mpio'"),
+        (f"{{path: data.h5, sha256: {SHA}}}", "  trust_files: true\n", "'overlap' does not go with 'trust_files'"),
         (f"{{path: data.h5, sha256: {SHA}, extract: a.h5}}", "", "'overlap' does not go with 'extract': a.h5"),
         ("{path: data.h5}", "", "data.h5 has no 'sha256', and there is no 'staging.manifest'"),
     ],
@@ -363,6 +388,8 @@ def test_a_sequence_in_place_of_datasets(with_pipeline):
     ("old", "new", "said"),
     [
         ("workers: 2", "x: images", "5:6: data.x: belongs to datasets (x and y)"),
+        ("workers: 2", "x: [data.h5:images]", "5:6: data.x: belongs to datasets (x and y)"),
+        ("workers: 2", "trust_files: true", "5:16: data.trust_files: belongs to datasets (x and y)"),
         ("workers: 2", "classes: 10", "5:12: data.classes: belongs to datasets"),
         ("workers: 2", "normalizer: model.py:scale", "5:15: data.normalizer: belongs to datasets"),
         ("workers: 2", "split: {train: [0, 5]}", "5:10: data.split: belongs to datasets"),

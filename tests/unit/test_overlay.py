@@ -303,6 +303,57 @@ def test_chunks_are_read_past_the_lock_of_h5py(tmp_path):
     assert (mask, stored) == (info.filter_mask, node.body[info.byte_offset : info.byte_offset + info.size])
 
 
+def test_rows_that_lie_as_they_are_come_from_what_has_landed_or_the_source(tmp_path):
+    """Chunks without filters too: of the file on the disk nothing is read that has not landed."""
+    make_h5(tmp_path / "made.h5")
+    node = Node(tmp_path, (tmp_path / "made.h5").read_bytes())
+    for name in ("plain chunks", "block"):
+        overlay = Overlay(node.file, origin := Counted(node.source))
+        with HDF5Matrix.arriving(overlay, node.path, name) as matrix, h5py.File(tmp_path / "made.h5") as file:
+            reader = matrix._handle.reader
+            assert type(reader).__name__ == "StoredReader"
+            assert reader._source is overlay
+            assert reader._descriptor is None
+            origin.reads.clear()
+            overlay._blocks.clear()
+            np.testing.assert_array_equal(matrix[14:18], file[name][14:18])
+            assert origin.reads
+
+
+@pytest.mark.parametrize("name", [*NAMES[:6], "view"])
+def test_rows_lie_in_the_same_chunks_before_and_after(file_node, tmp_path, name):
+    """The order of samples follows from them."""
+    arriving_one = HDF5Matrix.arriving(Overlay(file_node.file), file_node.path, name, 5)
+    with HDF5Matrix(tmp_path / "made.h5", name, 5) as here, arriving_one as there:
+        assert there.segments == here.segments
+        assert type(there._handle.reader) is type(here._handle.reader)
+
+
+def test_a_file_that_claims_too_much_is_refused_before_it_is_there(tmp_path):
+    with h5py.File(tmp_path / "made.h5", "w") as file:
+        file.create_dataset("x", (10**12, 32), "f4", chunks=(64, 32), compression="gzip")
+    node = Node(tmp_path, (tmp_path / "made.h5").read_bytes())
+    with pytest.raises(DataError, match=r"x\.h5: dataset '/x' is not believable: it claims"):
+        HDF5Matrix.arriving(Overlay(node.file), node.path, "x")
+
+
+def test_a_file_that_arrives_leads_nowhere_even_when_it_is_trusted(tmp_path, monkeypatch):
+    monkeypatch.setattr(HDF5Matrix, "allow_external", True)
+    make_h5(tmp_path / "made.h5")
+    with h5py.File(tmp_path / "elsewhere.h5", "w") as file:
+        file["x"] = np.arange(9)
+    with h5py.File(tmp_path / "made.h5", "r+") as file:
+        layout = h5py.VirtualLayout((9,), "i8")
+        layout[:] = h5py.VirtualSource("elsewhere.h5", "x", (9,), "i8")
+        file.create_virtual_dataset("other", layout)
+    node = Node(tmp_path, (tmp_path / "made.h5").read_bytes())
+    for name in ("outside", "other"):
+        assert HDF5Matrix(tmp_path / "made.h5", name)[:].tolist() == list(range(9))
+        with pytest.raises(DataError, match="reads another file") as failed:
+            HDF5Matrix.arriving(Overlay(node.file), node.path, name)
+        assert "stage: before" in failed.value.hint
+
+
 def test_a_source_that_is_lost_ends_a_read_with_its_error(file_node):
     for name in NAMES[:4]:
         overlay = Overlay(file_node.file, origin := Counted(file_node.source))

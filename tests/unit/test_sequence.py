@@ -3,6 +3,7 @@
 import itertools
 import re
 import warnings
+from pathlib import Path
 
 import h5py
 import keras
@@ -326,3 +327,19 @@ def test_a_keras_with_another_adapter_is_left_alone(matrices, monkeypatch):
         answer = small_model().predict(matrices[0], verbose=0)
     assert data_adapters.ArrayDataAdapter is Rewritten
     np.testing.assert_allclose(answer, small_model().predict(matrices[0][:], verbose=0), rtol=1e-5)
+
+
+def test_the_pages_example(tmp_path, monkeypatch):
+    """`HDF5Matrix` as the old page shows it: a relative path, and `predict` of the whole."""
+    monkeypatch.chdir(tmp_path)
+    Path("input").mkdir()
+    data = np.random.default_rng(0).random((70, 4)).astype("f4")
+    with h5py.File("input/file.hdf5", "w") as file:
+        file["data"] = data
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+
+    x_data = HDF5Matrix("input/file.hdf5", "data")
+    answer = model.predict(x_data)
+
+    assert answer.shape == (70, 3)
+    np.testing.assert_allclose(answer, model.predict(data, verbose=0), rtol=1e-5, atol=1e-6)

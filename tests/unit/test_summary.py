@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import keras
 import model_samples as samples
+import numpy as np
 import pytest
 from model_samples import L, assert_golden, example_of
 
 from hpcutils.errors import RequestError, SpecError
 from hpcutils.models.summary import print_summary
+from hpcutils.train.inspect import open_model
 
 
 def summary(model: Any, **options: Any) -> list[str]:
@@ -169,3 +173,36 @@ def test_memory_counts_every_dtype() -> None:
 def test_the_module_imports_no_keras() -> None:
     code = "import sys, hpcutils.models.summary; sys.exit('keras' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_saved_model_and_its_custom_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_layers.py").write_text(
+        "import keras\n\n\nclass Tripling(keras.layers.Layer):\n    def call(self, x):\n        return 3 * x\n"
+    )
+    for variable in ("TF_CPP_MIN_LOG_LEVEL", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(variable, os.environ.get(variable, ""))
+    monkeypatch.chdir(tmp_path)
+    space = {"__name__": "a_module_that_is_gone"}
+    exec((tmp_path / "own_layers.py").read_text(), space)
+    keras.Sequential([keras.Input((2,)), space["Tripling"]()]).save("m.keras")
+    for reference in ("own_layers.py:Tripling", f"Tripling={tmp_path}/own_layers.py:Tripling"):
+        with open_model(Path("m.keras"), [reference]) as model:
+            assert [type(layer).__name__ for layer in model.layers] == ["Tripling"]
+    for words, said in (
+        ([], "--custom-objects name=file.py:Name"),
+        (["Tripling"], "write file.py:Name"),
+        (["no.py:Tripling"], "no such file"),
+        (["own_layers.py:Nothing"], "it has: Tripling"),
+    ):
+        with pytest.raises(SpecError, match=said), open_model(Path("m.keras"), words):
+            pass
+    with pytest.raises(SpecError, match="no such file"), open_model(Path("no.keras")):
+        pass
+
+
+def test_positions_may_be_an_array() -> None:
+    model = keras.Sequential([keras.Input((2,)), L.Dense(3)])
+    assert summary(model, positions=np.array([0.4, 0.7, 1.0])) == summary(model, positions=[0.4, 0.7, 1.0])
+    assert summary(model, positions=np.array([40, 60, 80])) == summary(model, positions=(40, 60, 80))
+    with pytest.raises(SpecError, match=r"positions=\[0.5\]"):
+        summary(model, positions=np.array([0.5]))
