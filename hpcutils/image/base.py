@@ -7,25 +7,15 @@ from pathlib import Path
 
 from hpcutils.specs.recipe import DebianBase
 
-# What an image says about where packages come from: the distribution's own public names, whatever the builder used.
-PUBLIC_SOURCES = (
-    "deb http://deb.debian.org/debian {suite} main",
-    "deb http://deb.debian.org/debian {suite}-updates main",
-    "deb http://deb.debian.org/debian-security {suite}-security main",
-)
+# The image's own sources.list: where packages come from is the affair of the machine that builds, or installs more.
+NO_SOURCES = "# Debian {suite}, its packages those of a lock: no server is named here. Add one to install more."
 # Manuals and translations; licences stay.
 LEFT_OUT = ("/usr/share/man/*", "/usr/share/info/*", "/usr/share/locale/*", "/usr/share/doc/*")
 KEPT = ("/usr/share/doc/*/copyright",)
 
 
-def public_sources(suite: str) -> str:
-    """Return the text of the image's own /etc/apt/sources.list."""
-    return "".join(line.format(suite=suite) + "\n" for line in PUBLIC_SOURCES)
-
-
 def bootstrap_options(base: DebianBase) -> tuple[str, ...]:
     """Return mmdebstrap's options: all that decides what is in the base."""
-    lines = " ".join(f"'{line}'" for line in public_sources(base.suite).splitlines())
     return (
         "--variant=minbase",
         f"--include={','.join(base.packages)}",
@@ -33,7 +23,7 @@ def bootstrap_options(base: DebianBase) -> tuple[str, ...]:
         *(f"--dpkgopt=path-include={pattern}" for pattern in KEPT),
         # mmdebstrap leaves the builder's mirrors, name and resolver inside; dpkg's logs tell the hour.
         '--customize-hook=rm -f "$1"/etc/apt/sources.list.d/* "$1"/var/log/*.log "$1"/var/log/apt/*',
-        f'--customize-hook=printf "%s\\n" {lines} > "$1/etc/apt/sources.list"',
+        f'--customize-hook=echo "{NO_SOURCES.format(suite=base.suite)}" > "$1/etc/apt/sources.list"',
         '--customize-hook=for file in hostname resolv.conf; do : > "$1/etc/$file"; chmod 644 "$1/etc/$file"; done',
     )
 

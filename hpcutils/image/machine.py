@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpcutils.errors import ImageError, MissingPartError
-from hpcutils.image.base import public_sources
 from hpcutils.shell import run
 from hpcutils.specs.site import Build, load_site
 
@@ -188,12 +187,21 @@ def debian_entries(entries: Iterable[AptEntry], suite: str) -> list[AptEntry]:
 
 
 def sources_list(entries: Iterable[AptEntry], suite: str, renamed: Mapping[str, str]) -> str:
-    """Return a sources.list of `entries`, with each key under its new name; Debian's public addresses when there are none."""
+    """Return a sources.list of `entries`, with each key under its new name.
+
+    Raises:
+        MissingPartError: There are none: this machine is no Debian, or of another release.
+    """
     lines = []
     for entry in entries:
         key = f"[signed-by={renamed.get(entry.key, entry.key)}] " if entry.key else ""
         lines.append(f"deb {key}{entry.address} {entry.suite} main\n")
-    return "".join(dict.fromkeys(lines)) or public_sources(suite)
+    if not lines:
+        raise MissingPartError(
+            f"this machine names no servers of Debian's {suite}",
+            "give them in the site's profile: apt_sources of [build] in site.toml, as lines of a sources.list",
+        )
+    return "".join(dict.fromkeys(lines))
 
 
 def pip_settings(machine: Machine) -> dict[str, str]:

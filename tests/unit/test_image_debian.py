@@ -56,6 +56,8 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, value in {"HPCUTILS_CACHE": "cache", "HPCUTILS_IMAGES": "cache/images", "TMPDIR": "tmp"}.items():
         monkeypatch.setenv(name, str(tmp_path / value))
     (tmp_path / "tmp").mkdir()
+    (tmp_path / "etc/apt").mkdir(parents=True)
+    (tmp_path / "etc/apt/sources.list").write_text("deb https://mirror.example/debian bookworm main\n")
     (tmp_path / "mirror").write_text("".join(f"{name} {version}\n" for name, version in LOCK.versions().items()))
     return tmp_path / "mirror"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcutils.errors import ImageError
+from hpcutils.errors import ImageError, MissingPartError
 from hpcutils.image.machine import (
     AptEntry,
     Machine,
@@ -107,14 +107,11 @@ def test_the_installer_reads_the_same_mirrors(apt: Path, file: str) -> None:
     assert done.stdout.splitlines() == [f"[signed-by={e.key}] {e.address}" if e.key else e.address for e in release]
 
 
-def test_a_machine_that_is_no_debian_uses_the_public_addresses(apt: Path) -> None:
+def test_a_machine_that_is_no_debian_is_told_where_to_name_servers(apt: Path) -> None:
     (apt / "sources.list").write_text("deb http://archive.example/ubuntu noble main\n")
-    text = sources_list(debian_entries(apt_entries(apt), "bookworm"), "bookworm", {})
-    assert [line.split()[1:3] for line in text.splitlines()] == [
-        ["http://deb.debian.org/debian", "bookworm"],
-        ["http://deb.debian.org/debian", "bookworm-updates"],
-        ["http://deb.debian.org/debian-security", "bookworm-security"],
-    ]
+    with pytest.raises(MissingPartError, match="names no servers of Debian's bookworm") as caught:
+        sources_list(debian_entries(apt_entries(apt), "bookworm"), "bookworm", {})
+    assert "apt_sources" in (caught.value.hint or "")
 
 
 def test_pip_reads_files_and_variables_and_the_later_wins(tmp_path: Path) -> None:
@@ -130,11 +127,14 @@ def test_pip_reads_files_and_variables_and_the_later_wins(tmp_path: Path) -> Non
     }
 
 
+SERVERS = Build(apt_sources=("deb https://mirror.example/debian bookworm main",))
+
+
 def test_local_folders_of_packages_are_shown_to_the_build(tmp_path: Path) -> None:
     house = tmp_path / "wheels"
     house.mkdir()
     environ = {"PIP_FIND_LINKS": f"{house} file://{house} {tmp_path}/gone https://e.example/links"}
-    files = build_files(Machine(environ, tmp_path, tmp_path / "etc"), "bookworm")
+    files = build_files(Machine(environ, tmp_path, tmp_path / "etc", SERVERS), "bookworm")
     assert files.binds == {house: "/mnt/local/0"}
     assert "find-links = /mnt/local/0 file:///mnt/local/0 https://e.example/links\n" in files.texts["pip.conf"]
 
@@ -152,7 +152,7 @@ def test_keys_and_certificates_come_along(apt: Path) -> None:
 
 def test_proxies_reach_the_build_whatever_is_in_them(tmp_path: Path) -> None:
     password = "http://user:a'b$(id)@proxy.example:3128"
-    text = build_files(Machine({"https_proxy": password}, tmp_path, tmp_path), "bookworm").texts["settings.sh"]
+    text = build_files(Machine({"https_proxy": password}, tmp_path, tmp_path, SERVERS), "bookworm").texts["settings.sh"]
     done = subprocess.run(["sh", "-c", f'{text}\nprintf %s "$https_proxy"'], capture_output=True, text=True, check=True)
     assert done.stdout == password
 
@@ -216,6 +216,7 @@ def test_apts_own_proxy_reaches_apt_and_nobody_else(apt: Path, text: str) -> Non
     """One that keeps packages of Debian (apt-cacher) need not serve anything else."""
     (apt / "apt.conf.d").mkdir()
     (apt / "apt.conf.d/99proxy").write_text(f'{text}\nAcquire::http::Proxy::direct.example "DIRECT";\nAPT::Get::Assume-Yes "1";\n')
+    (apt / "sources.list").write_text("deb https://mirror.example/debian bookworm main\n")
     machine = Machine({"PATH": "/usr/bin:/bin"}, apt, apt.parent)
     wanted = ['Acquire::http::Proxy "http://apt.example:3142";', 'Acquire::http::Proxy::direct.example "DIRECT";']
     assert apt_options(machine) == wanted
