@@ -33,9 +33,10 @@ from pathlib import Path
 from benchmarks.bench_get_file import serving
 from benchmarks.harness import Ratio, compare, report
 from hpcutils.staging.find import find_files
+from hpcutils.staging.items import Item, Settings
 from hpcutils.staging.leaders import Leaders
 from hpcutils.staging.manifest import write_manifest
-from hpcutils.staging.stage import Item, Settings, stage_item, stage_manifest
+from hpcutils.staging.stage import stage_item, stage_manifest
 
 
 def fresh(folder: Path, call: Callable[[Path], object]) -> Callable[[], object]:
@@ -161,7 +162,8 @@ import json, os, shutil, subprocess, sys, time
 from pathlib import Path
 from mpi4py import MPI
 from hpcutils.staging.leaders import Leaders
-from hpcutils.staging.stage import Settings, stage_manifest
+from hpcutils.staging.items import Settings
+from hpcutils.staging.stage import stage_manifest
 
 manifest, source, root, how = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3], f"bench-{os.getpid()}"), sys.argv[4]
 world = MPI.COMM_WORLD

@@ -12,8 +12,8 @@ from hpcutils.cli.options import JSON, emit
 
 if TYPE_CHECKING:
     from hpcutils.staging.dataset import Dataset
+    from hpcutils.staging.items import Settings
     from hpcutils.staging.plan import StagePlan
-    from hpcutils.staging.stage import Settings
 
 CACHE = click.option("--cache", "root", metavar="DIR", help="The cache [$HPCUTILS_NODE_CACHE, or in $SLURM_TMPDIR, $TMPDIR, /tmp].")
 PATH = click.Path(path_type=Path)

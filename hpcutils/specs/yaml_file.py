@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,15 @@ def read_yaml(path: Path) -> Source:
 def _compose(text: str, name: str) -> tuple[Any, Any]:
     """Return ruamel's reader and the tree of nodes that it made of `text`."""
     from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+    from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning, YAMLError
     from ruamel.yaml.reader import ReaderError
 
     yaml = YAML(typ="safe", pure=True)
     try:
-        return yaml, yaml.compose(text)
+        with warnings.catch_warnings():
+            # An anchor may be given anew in YAML.
+            warnings.simplefilter("ignore", ReusedAnchorWarning)
+            return yaml, yaml.compose(text)
     except MarkedYAMLError as exc:
         mark = exc.problem_mark
         where = f"{mark.line + 1}:{mark.column + 1}" if mark is not None else "1:1"

@@ -15,94 +15,18 @@ from hpcutils.log import LOGGER
 from hpcutils.staging import cache, store
 from hpcutils.staging.dataset import Dataset, dataset_of_file, dataset_of_manifest
 from hpcutils.staging.download import fetch
+from hpcutils.staging.items import Item, Outcome, Settings, Staged, summary
 from hpcutils.staging.leaders import Leaders
 from hpcutils.staging.look import Looked, look, place_of, plan_dataset
 from hpcutils.staging.manifest import read_manifest
 from hpcutils.staging.move import Move, disk_errors
 from hpcutils.staging.origins import Origin, WebOrigin, origin_of
 from hpcutils.staging.overlay import Arriving
-from hpcutils.staging.plan import StagePlan, shown_bytes
+from hpcutils.staging.plan import StagePlan
 from hpcutils.staging.private import open_root
 from hpcutils.staging.proof import trouble
 from hpcutils.staging.ring import plan_rounds
 from hpcutils.staging.store import Head, Place
-
-
-@dataclass(frozen=True)
-class Item:
-    """One file to have on the node.
-
-    Args:
-        name: Its own name.
-        origin: Absolute path or URL.
-        sha256: What it must hash to, or `None`.
-    """
-
-    name: str
-    origin: str
-    sha256: str | None
-
-
-@dataclass(frozen=True)
-class Staged:
-    """One file on the node's disk.
-
-    Args:
-        path: Where it is.
-        sha256: What it hashed to when it was copied.
-        moved_bytes: 0 when it was there already.
-    """
-
-    path: Path
-    sha256: str
-    moved_bytes: int
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a job wants its data staged.
-
-    Args:
-        root: The cache on each node.
-        quota_bytes: What it may hold; `None` leaves it to the disk.
-        verify: Hash again what is there already.
-        promised_bytes: Of that and of the disk, what datasets that are still being moved will take.
-    """
-
-    root: Path
-    quota_bytes: int | None = None
-    verify: bool = False
-    promised_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What staging a dataset took; the figures of bytes count all nodes.
-
-    Args:
-        files: The folder of its files on this node.
-        digest: sha256 of the manifest, or of the one file.
-        size_bytes: Bytes of the dataset.
-        origin_bytes: Bytes that were read from its source.
-        received_bytes: Bytes that nodes got from each other.
-        seconds: How long it took.
-        nodes: Number of nodes.
-        repeats: Segments that came damaged over the network and were sent again.
-    """
-
-    files: Path
-    digest: str
-    size_bytes: int
-    origin_bytes: int
-    received_bytes: int
-    seconds: float
-    nodes: int
-    repeats: int
-
-    def record(self) -> dict[str, float | int | str]:
-        """Return what the run's record keeps."""
-        names = ("digest", "size_bytes", "origin_bytes", "received_bytes", "nodes", "repeats")
-        return {name: getattr(self, name) for name in names} | {"seconds": round(self.seconds, 3)}
 
 
 @dataclass(frozen=True)
@@ -278,15 +202,6 @@ def _head(place: Place) -> Head:
     if head is None:
         raise DataError(f"{place.entry} was removed while the job started", "submit it again")
     return head
-
-
-def summary(name: str, outcome: Outcome) -> str:
-    """Return the line that ends a log of staging."""
-    share = outcome.origin_bytes / outcome.size_bytes if outcome.size_bytes else 0.0
-    return (
-        f"{name}: {shown_bytes(outcome.size_bytes)} on {outcome.nodes} of {outcome.nodes} nodes in {outcome.seconds:.1f} s "
-        f"({shown_bytes(outcome.size_bytes / max(outcome.seconds, 1e-6))}/s a node), read {share:.2f} times from the source"
-    )
 
 
 def _prepare(dataset: Dataset, place: Place, settings: Settings) -> tuple[Looked, StagePlan]:

@@ -11,6 +11,7 @@ from hpcutils.errors import DataError
 from hpcutils.staging import cache, members, store
 from hpcutils.staging.archive import unpack
 from hpcutils.staging.find import Found
+from hpcutils.staging.items import Settings
 from hpcutils.staging.leaders import Leaders
 from hpcutils.staging.look import facts_of_node, is_sound
 from hpcutils.staging.manifest import write_manifest
@@ -18,7 +19,6 @@ from hpcutils.staging.members import Limits
 from hpcutils.staging.move import disk_errors
 from hpcutils.staging.plan import RESERVE_BYTES, StagePlan, plan_stage
 from hpcutils.staging.proof import remark
-from hpcutils.staging.stage import Settings
 from hpcutils.staging.store import FILES, LIST, Head, Place
 
 FORMATS = ("tar", "zip")

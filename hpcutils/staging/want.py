@@ -15,9 +15,10 @@ from hpcutils.specs.files import DataFile
 from hpcutils.specs.job import Job, Staging
 from hpcutils.staging.cache import cache_root
 from hpcutils.staging.dataset import Dataset, dataset_of_file, dataset_of_manifest
+from hpcutils.staging.items import Item, Settings
 from hpcutils.staging.manifest import Entry, read_entry, read_lines, read_manifest
 from hpcutils.staging.origins import origin_of
-from hpcutils.staging.stage import Item, Settings, facts_of
+from hpcutils.staging.stage import facts_of
 
 # More than any path has in common with another.
 EXACT = 1 << 20

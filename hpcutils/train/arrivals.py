@@ -14,9 +14,10 @@ from typing import Any, NoReturn
 
 from hpcutils.errors import HpcutilsError, JobFailedError
 from hpcutils.log import LOGGER
+from hpcutils.staging.items import Staged
 from hpcutils.staging.overlay import Arriving, Overlay
 from hpcutils.staging.plan import shown_bytes
-from hpcutils.staging.stage import Coming, Staged
+from hpcutils.staging.stage import Coming
 from hpcutils.train.ranks import Ranks
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from hpcutils import __version__
 from hpcutils.rundir import RunDirectory, write_json
-from hpcutils.staging.stage import Staged
+from hpcutils.staging.items import Staged
 from hpcutils.train.ranks import Ranks
 from hpcutils.world import World
 

@@ -15,7 +15,7 @@ from hpcutils.data.order import Rows, Seat
 from hpcutils.errors import DataError
 from hpcutils.log import LOGGER
 from hpcutils.specs.job import Job
-from hpcutils.staging.stage import Staged
+from hpcutils.staging.items import Staged
 from hpcutils.train.feed import Array, Arrays, Feed, Make, native
 from hpcutils.train.pipeline import Copy, Form, Recipe, form_of, rebuilt
 from hpcutils.train.ranks import Ranks

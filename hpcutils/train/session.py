@@ -28,7 +28,7 @@ from hpcutils.models.replication import replicate
 from hpcutils.models.summary import print_summary
 from hpcutils.rundir import RunDirectory
 from hpcutils.specs.job import Job
-from hpcutils.staging.stage import Staged
+from hpcutils.staging.items import Staged
 from hpcutils.train.arrivals import Arrivals
 from hpcutils.train.checkpoint import Progress, restore, save_model
 from hpcutils.train.distribute import Reducer, connect, distribute_optimizer

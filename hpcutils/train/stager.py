@@ -10,9 +10,10 @@ from hpcutils.data.shared import threads_may_call_mpi
 from hpcutils.errors import DataError, HpcutilsError, IntegrityError, SpecError
 from hpcutils.log import LOGGER
 from hpcutils.specs.job import Job
+from hpcutils.staging.items import Settings, Staged
 from hpcutils.staging.leaders import Leaders
 from hpcutils.staging.overlay import Arriving, can_be_read_through
-from hpcutils.staging.stage import Coming, Settings, Staged, begin_item, begin_manifest
+from hpcutils.staging.stage import Coming, begin_item, begin_manifest
 from hpcutils.staging.unpacked import unpack_archive
 from hpcutils.staging.want import item_of, listed_in, manifest_of, settings_of, source_of
 from hpcutils.train.arrivals import Arrivals

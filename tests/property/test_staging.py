@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from hpcutils.staging.cache import trouble
 from hpcutils.staging.find import Found, find_files
+from hpcutils.staging.items import Settings
 from hpcutils.staging.leaders import Leaders
 from hpcutils.staging.manifest import write_manifest
 from hpcutils.staging.ring import plan_rounds, rounds_of
 from hpcutils.staging.segments import Segment, cut
-from hpcutils.staging.stage import Settings, stage_manifest
+from hpcutils.staging.stage import stage_manifest
 from hpcutils.staging.store import Place
 
 SIZES = st.lists(st.integers(0, 40), max_size=12)

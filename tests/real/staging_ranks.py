@@ -17,9 +17,10 @@ from mpi4py import MPI
 from hpcutils import log
 from hpcutils.errors import HpcutilsError
 from hpcutils.staging import landing, move, ring, store
+from hpcutils.staging.items import Item, Settings
 from hpcutils.staging.leaders import Leaders
 from hpcutils.staging.load import Load
-from hpcutils.staging.stage import Item, Settings, stage_item, stage_manifest
+from hpcutils.staging.stage import stage_item, stage_manifest
 
 
 def read_bytes() -> int:

@@ -22,8 +22,9 @@ from servers import serving
 from staging_disk import BEGINNINGS, PINNED, die, published, watched
 from staging_samples import left_in, make_set, stage_set, tree_of
 
+from hpcutils.staging.items import Item, Settings
 from hpcutils.staging.leaders import Leaders
-from hpcutils.staging.stage import Item, Settings, stage
+from hpcutils.staging.stage import stage
 from hpcutils.staging.unpacked import unpack_archive
 
 # The fewest steps that there may be, and more than there are.

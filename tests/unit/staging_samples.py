@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 from hpcutils.staging.find import find_files
+from hpcutils.staging.items import Outcome, Settings
 from hpcutils.staging.leaders import Leaders
 from hpcutils.staging.manifest import write_manifest
 from hpcutils.staging.owner import is_alive, owner_in
-from hpcutils.staging.stage import Outcome, Settings, stage_manifest
+from hpcutils.staging.stage import stage_manifest
 
 SEGMENT = 1 << 16
 

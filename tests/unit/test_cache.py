@@ -21,11 +21,11 @@ from hpcutils.errors import DataError, HpcutilsError
 from hpcutils.staging import cache, private, store
 from hpcutils.staging.dataset import dataset_of_manifest
 from hpcutils.staging.find import find_files
+from hpcutils.staging.items import Item
 from hpcutils.staging.look import place_of
 from hpcutils.staging.manifest import read_manifest, write_manifest
 from hpcutils.staging.owner import Owner, is_alive, owner_in, this_process
 from hpcutils.staging.private import open_root
-from hpcutils.staging.stage import Item
 from hpcutils.staging.stage import stage as stage_file
 from hpcutils.staging.store import MARKER, Place
 

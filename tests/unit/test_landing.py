@@ -13,10 +13,11 @@ from staging_samples import left_in, make_set, stage_set, tree_of
 
 from hpcutils.errors import DataError
 from hpcutils.staging import landing, store
+from hpcutils.staging.items import Item
 from hpcutils.staging.landing import Follower, Landing
 from hpcutils.staging.load import Load, Pool
 from hpcutils.staging.segments import Piece, Segment
-from hpcutils.staging.stage import Item, stage
+from hpcutils.staging.stage import stage
 
 ERRORS = {"a value": ValueError("embedded null byte"), "memory": MemoryError(), "the disk": OSError(28, "No space left on device")}
 

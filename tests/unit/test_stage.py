@@ -14,11 +14,12 @@ from hpcutils.errors import DataError, IntegrityError, SpecError
 from hpcutils.staging import stage as room
 from hpcutils.staging import store
 from hpcutils.staging.dataset import dataset_of_manifest
+from hpcutils.staging.items import Item, Settings
 from hpcutils.staging.leaders import Leaders
 from hpcutils.staging.look import look, place_of
 from hpcutils.staging.manifest import read_manifest
 from hpcutils.staging.owner import owner_in
-from hpcutils.staging.stage import Item, Settings, stage, stage_item
+from hpcutils.staging.stage import stage, stage_item
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from staging_samples import left_in
 
 from hpcutils.errors import DataError
 from hpcutils.staging import origins, stage
-from hpcutils.staging.stage import Item
+from hpcutils.staging.items import Item
 
 SIZE = 9 << 20
 

@@ -16,7 +16,8 @@ from staging_disk import BEGINNINGS, full_under, published, refuse, watched
 from staging_samples import left_in, make_set, stage_set, tree_of
 
 from hpcutils.errors import DataError
-from hpcutils.staging.stage import Item, stage
+from hpcutils.staging.items import Item
+from hpcutils.staging.stage import stage
 
 # Beginning, what the disk says, the fewest steps that there may be, and more than there are.
 DATASETS = {

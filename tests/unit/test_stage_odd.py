@@ -14,8 +14,9 @@ from staging_samples import SEGMENT, make_set, stage_set, tree_of
 from hpcutils.cli.stage import stage as commands
 from hpcutils.errors import DataError, SpecError
 from hpcutils.staging.find import find_files
+from hpcutils.staging.items import Item
 from hpcutils.staging.manifest import Entry, read_manifest, write_manifest
-from hpcutils.staging.stage import Item, stage
+from hpcutils.staging.stage import stage
 
 HEAD = json.dumps({"format": "hpcutils-manifest-1", "segment_bytes": SEGMENT}) + "\n"
 TOTAL = json.dumps({"files": 1, "size": 0, "tail": "b" * 32}) + "\n"
