@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,15 @@ time.sleep(60)
     assert (tmp_path / "clean").exists()
 
 
-def test_ctrl_c_reaches_a_program_in_a_group_of_its_own() -> None:
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """A shell starts what it puts into the background with SIGINT ignored, and that is inherited."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_reaches_a_program_in_a_group_of_its_own(ctrl_c: None) -> None:
     timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
     started = time.monotonic()
