@@ -1,4 +1,7 @@
-"""Windows read by one rank: the same rows as the file has, each chunk once, whatever the sizes; and their schedule for any node."""
+"""Windows: the same rows as the file has, each chunk once, whatever the sizes; and their schedule for any node.
+
+Read by one rank, or by all that were started together (`world.py`).
+"""
 
 import itertools
 from unittest.mock import patch
@@ -9,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_order import breaks_of
+from world import WORLD
 
 from hpcutils.data import shards
 from hpcutils.data.hdf5 import HDF5Matrix
@@ -47,19 +51,22 @@ def test_rows_are_the_files_and_each_chunk_is_fetched_once(path, data):
     x, y = HDF5Matrix(path, name, start, end), HDF5Matrix(path, "y", start, end)
     with patch.object(shards, "POOL_BYTES", x.row_bytes * data.draw(st.sampled_from([1, 30, 90, 250]))):
         layout = layout_of(x)
-        order = Order(layout, data.draw(st.integers(1, 60)), Seat(), 3, data.draw(st.booleans()))
-        reader = WindowReader([x, y], order, None, 2, data.draw(st.booleans()))
+        order = WORLD.seated(Order(layout, data.draw(st.integers(1, 60)), Seat(), 3, data.draw(st.booleans())))
+        reader = WindowReader([x, y], order, WORLD.node, 2, data.draw(st.booleans()))
+        # Nodes that do not own shards fetch all chunks, each.
+        times = WORLD.nodes // order.seat.nodes
         for epoch, first_step in ((0, 0), (1, 0), (0, order.steps // 2)):
             reader.begin(epoch, first_step)
             plan = order.epoch(epoch)
             for step in range(first_step, order.steps):
                 cut = plan.cut(step)
                 rows, labels = reader.read(step, cut)
-                np.testing.assert_array_equal(labels, cut.rows + start)
+                if cut.from_node:
+                    np.testing.assert_array_equal(labels, cut.rows + start)
                 np.testing.assert_array_equal(rows, labels[:, None, None] * 24 + np.arange(24).reshape(4, 6))
             if first_step == 0:
                 assert x.segments[0].columns == (4 if name == "cut" else 1)
-                assert reader.chunks_read(epoch) == layout.chunks * x.segments[0].columns
+                assert WORLD.sum(reader.chunks_read(epoch)) == layout.chunks * x.segments[0].columns * times
         reader.close()
 
 

@@ -1,6 +1,0 @@
-"""No example is timed: the machine may be busy."""
-
-from hypothesis import settings
-
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
