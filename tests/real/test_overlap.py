@@ -94,10 +94,18 @@ def server(folder: Path, body: bytes) -> Iterator[str]:
         yield site.put("/set.h5", body, held_back(folder))
 
 
-def new_run(folder: Path, url: str, sha256: str, stage: str, ranks: int, epochs: int = 2) -> RunDirectory:
+def new_run(
+    folder: Path, url: str, sha256: str, stage: str, ranks: int, epochs: int = 2, second: tuple[str, str] | None = None
+) -> RunDirectory:
+    """Prepare a run on the file of `url`; with `second`, another URL and digest, on the rows of both."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.py").write_text(MODEL)
-    (folder / "train.yaml").write_text(JOB.format(url=url, sha256=sha256, stage=stage, epochs=epochs, cache=folder / "cache"))
+    text = JOB.format(url=url, sha256=sha256, stage=stage, epochs=epochs, cache=folder / "cache")
+    if second is not None:
+        text = text.replace("}]\n", f"}}, {{url: {second[0]}, sha256: {second[1]}}}]\n", 1)
+        for name in ("images", "labels"):
+            text = text.replace(f": {name}\n", f": [set.h5:{name}, more.h5:{name}]\n")
+    (folder / "train.yaml").write_text(text)
     run = RunDirectory(folder / "runs" / stage)
     prepare(run, local_job(load_job(folder / "train.yaml"), ranks, None), folder, Layout(1, ranks, 1), None)
     return run
@@ -149,6 +157,34 @@ def test_an_epoch_is_trained_before_the_rest_arrives_with_the_same_result(tmp_pa
     assert cache.verify(root, kept).wrong == ()
     assert f"staging ended after {staging['steps_meanwhile']} steps of training" in done.stderr
     assert "were read through to the source while it arrived; all of it proved right" in done.stderr
+
+
+def test_lists_of_files_are_trained_on_while_they_arrive(tmp_path, body):
+    """The rows of the file that is held back are followed by those of another, whose chunks have no filters."""
+    with h5py.File(tmp_path / "more.h5", "w") as file:
+        file.create_dataset("images", data=np.random.default_rng(2).random((1050, 8, 8, 1), "f4"), chunks=(100, 8, 8, 1))
+        file["labels"] = np.arange(1050).astype("u1") % 10
+    more = (tmp_path / "more.h5").read_bytes()
+    found = {}
+    for stage in ("before", "overlap"):
+        folder = tmp_path / stage
+        with serving() as site:
+            site.repeat_last = True
+            url = site.put("/set.h5", body, *([held_back(folder)] if stage == "overlap" else []))
+            second = site.put("/more.h5", more), hashlib.sha256(more).hexdigest()
+            run = new_run(folder, url, hashlib.sha256(body).hexdigest(), stage, 2, second=second)
+            done = start(run, 2, str(IN_WINDOWS))
+        assert done.returncode == 0, done.stderr[-3000:]
+        epochs = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+        staging = json.loads(run.provenance.read_text())["staging"]
+        found[stage] = json.loads(run.result.read_text())["weights_sha256"], epochs, staging
+    (weights, expected, _), (other, epochs, staging) = found.values()
+    assert other == weights
+    for name in ("loss", "val_loss", "coverage", "read", "chunks_read"):
+        assert [line[name] for line in epochs] == [line[name] for line in expected], name
+    assert [(line["read"], line["coverage"], line["chunks_read"]) for line in epochs] == [("window", "exact", 1.0)] * 2
+    assert staging[0]["steps_meanwhile"] >= epochs[0]["steps"]
+    assert staging[0]["read_through_bytes"] > 0
 
 
 def test_a_wrong_byte_at_the_end_fails_the_job_and_publishes_nothing(tmp_path, body):
