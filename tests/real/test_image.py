@@ -107,7 +107,9 @@ def test_the_sidecar_describes_the_file(built: dict[str, Any], sidecar: dict[str
     assert path.name == f"{NAME}-{sidecar['digest'][:12]}.sif"
     assert (path.parent / f"{NAME}.sif").resolve() == path
     assert all(check["ok"] for check in sidecar["self_test"]) and len(sidecar["self_test"]) > 10
-    assert sidecar["layers"]["base"]["sha256"] == digest_file(next((path.parents[1] / "bases").glob("*.tar")))
+    base = sidecar["layers"]["base"]
+    (archive,) = (path.parents[1] / "bases").glob(f"*-{base['digest'][:12]}.tar")
+    assert base["sha256"] == digest_file(archive)
 
 
 def test_every_locked_package_is_there_in_its_version(sidecar: dict[str, Any]) -> None:
