@@ -6,20 +6,20 @@ replaced. `base` is replaced as a whole; entries of lists of tables replace the 
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from hpcutils.errors import SpecError
 from hpcutils.specs.combinations import TENSORFLOW_NAMES, Location, UnfitPartsError
 from hpcutils.specs.debian import parse_debian_lock
 from hpcutils.specs.recipe import ArchiveBase, DebianBase, Recipe, RecipeFiles
+from hpcutils.specs.toml_findings import location_of, problem
 from hpcutils.specs.toml_places import not_toml, places
 
 # Where a recipe names files; `*` stands for each item of a list.
@@ -38,7 +38,6 @@ FILE_KEYS = (
 # pip's own way to say what a file of a package is.
 HASH = re.compile(r"(?<=\s)--hash=[a-z0-9]+:[0-9a-f]+(?=\s|$)")
 IDENTITIES = ("name", "target", "script")
-BASE_TAGS = ("debian", "image", "archive")
 
 
 def read_recipe(path: Path, roots: Sequence[Path] = ()) -> RecipeFiles:
@@ -257,24 +256,6 @@ def version_of(entry: str | None) -> str:
     return "none" if match is None else match.group(1)
 
 
-def problem(row: Mapping[str, Any], root: type[BaseModel]) -> str:
-    """Return one line for one of pydantic's findings in a `root`: the key, and what is wrong with it."""
-    location = location_of(row)
-    key = ".".join(str(part) for part in location) or "recipe"
-    if row["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(location[-1]), _keys(root, row["loc"][:-1]), n=1)
-        return f"{key}: unknown key" + (f"; did you mean '{near[0]}'?" if near else "")
-    if row["type"] == "missing":
-        return f"{key}: this key is required"
-    message = str(row["msg"]).removeprefix("Value error, ")
-    return f"{key}: {message}" + ("" if row["type"] == "value_error" else f"; got {row['input']!r}")
-
-
-def location_of(row: Mapping[str, Any]) -> Location:
-    """Return the key that one of pydantic's findings is about."""
-    return tuple(part for i, part in enumerate(row["loc"]) if part != "[key]" and not (i == 1 and part in BASE_TAGS))
-
-
 def recipe_data(path: Path, roots: Sequence[Path] = (), chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return what a recipe says, file names made absolute, on top of what it extends."""
     if path.resolve() in chain:
@@ -361,25 +342,3 @@ def _read(path: Path, recipe: Path, key: str) -> bytes:
         return path.read_bytes()
     except OSError as exc:
         raise SpecError(f"{recipe.name}: {key}: {path}: {exc.strerror}", "file names are relative to the recipe") from exc
-
-
-def _keys(model: Any, location: Sequence[Any]) -> list[str]:
-    """Return the keys that are known in the table at `location`."""
-    extra = ["extends"] if not location else []
-    models: list[Any] = []
-    for part in location:
-        if not isinstance(part, str):
-            continue
-        if part in model.model_fields:
-            models = _models(model.model_fields[part].annotation)
-            model = models[0] if models else model
-        elif part in BASE_TAGS:
-            model = models[BASE_TAGS.index(part)]
-    return [*model.model_fields, *extra]
-
-
-def _models(annotation: Any) -> list[Any]:
-    """Return the models in an annotation: tuple[CompiledPackage, ...] and unions hide them among their arguments."""
-    if hasattr(annotation, "model_fields"):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in _models(part)]

@@ -15,8 +15,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
 from hpcutils.errors import SpecError
-from hpcutils.specs.recipe_file import location_of, problem
 from hpcutils.specs.resources import parse_time_s
+from hpcutils.specs.toml_findings import location_of, problem
 from hpcutils.specs.toml_places import not_toml, places
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
