@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 
 from hpcutils.errors import SpecError
@@ -24,14 +23,6 @@ def algorithm_of(digest: str) -> str:
         known = ", ".join(f"{name} {length}" for name, length in DIGEST_LENGTHS.items())
         raise SpecError(f"not a digest: {digest!r} ({len(digest)} characters)", f"hexadecimal digits expected: {known}")
     return found
-
-
-def digest_blocks(blocks: Iterable[bytes], algorithm: str = "sha256") -> str:
-    """Return the hexadecimal digest of `blocks` put together."""
-    state = hashlib.new(algorithm)
-    for block in blocks:
-        state.update(block)
-    return state.hexdigest()
 
 
 def digest_file(path: Path, algorithm: str = "sha256") -> str:

@@ -14,6 +14,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 JOB_FILE = click.argument("job_file", metavar="TRAIN.YAML", type=click.Path(path_type=Path))
 RUNS = click.option("--runs", "runs", metavar="DIR", help="Folder of the run directories [$HPCUTILS_RUNS or ./runs]")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+CUSTOM_OBJECTS = click.option(
+    "--custom-objects",
+    "references",
+    metavar="[NAME=]FILE.PY:NAME",
+    multiple=True,
+    help="A class or function that the model was saved with; may be given again.",
+)
 RUN_NAME = click.argument("run_name", metavar="RUN", default="latest")
 
 # Option, where it goes in train.yaml, how it is read, what it says.

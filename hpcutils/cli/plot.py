@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from hpcutils.cli.options import CUSTOM_OBJECTS
+
 
 @click.command()
 @click.argument("source", metavar="TRAIN.YAML|MODEL", type=click.Path(path_type=Path))
@@ -23,13 +25,7 @@ import click
     "--rankdir", type=click.Choice(["TB", "LR", "BT", "RL"]), default="TB", show_default=True, help="Direction of the flow."
 )
 @click.option("--dpi", type=click.IntRange(20, 600), default=96, show_default=True, help="Dots per inch.")
-@click.option(
-    "--custom-objects",
-    "references",
-    metavar="[NAME=]FILE.PY:NAME",
-    multiple=True,
-    help="A class or function that the model was saved with; may be given again.",
-)
+@CUSTOM_OBJECTS
 def plot(
     source: Path, output: Path, shapes: bool, expand_nested: bool, rankdir: str, dpi: int, references: tuple[str, ...]
 ) -> None:

@@ -6,17 +6,13 @@ from pathlib import Path
 
 import click
 
+from hpcutils.cli.options import CUSTOM_OBJECTS
+
 
 @click.command()
 @click.argument("source", metavar="TRAIN.YAML|MODEL", type=click.Path(path_type=Path))
 @click.option("--width", type=click.IntRange(40), default=100, show_default=True, help="Characters of a line.")
-@click.option(
-    "--custom-objects",
-    "references",
-    metavar="[NAME=]FILE.PY:NAME",
-    multiple=True,
-    help="A class or function that the model was saved with; may be given again.",
-)
+@CUSTOM_OBJECTS
 def summary(source: Path, width: int, references: tuple[str, ...]) -> None:
     """Print the layers, shapes and parameters of a job's model or of a saved one (.keras, .h5)."""
     from hpcutils.train.inspect import open_model

@@ -75,8 +75,3 @@ def run(waits: Sequence[Iterator[None]]) -> None:
 
 
 _END = object()
-
-
-def pause_until(request: Any) -> None:
-    """Wait for one request, asleep most of the time."""
-    run([wait(request)])

@@ -184,11 +184,6 @@ def begin_dataset(
     return Coming(dataset, place, leaders, started_s, move, source=source)
 
 
-def stage_dataset(dataset: Dataset, base: str, settings: Settings, leaders: Leaders) -> Outcome:
-    """Have `dataset` on every node; see `begin_dataset` and `Coming.finish`."""
-    return begin_dataset(dataset, base, settings, leaders).finish()
-
-
 def _already(dataset: Dataset, place: Place, started_s: float, leaders: Leaders) -> Coming:
     # Together: a leader that does not find it any more must not leave the others waiting.
     head = leaders.together(lambda: _head(place))
