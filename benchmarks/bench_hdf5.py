@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 
 from benchmarks.harness import Ratio, compare, report
-from hpcutils.data.chunks import CACHE, CACHE_LEAST_BYTES, ENGINES, cache_limit
+from hpcutils.data.chunks import CACHE, CACHE_LEAST_BYTES, LIBDEFLATE, cache_limit
 from hpcutils.data.hdf5 import HDF5Matrix
 from hpcutils.data.mixing import WINDOW_BYTES, MixedOrder
 from hpcutils.data.room import ranks_here, usable_bytes
@@ -166,8 +166,8 @@ def slices(file: h5py.File, path: Path) -> list[Ratio]:
 def main() -> None:
     """Make the files, run the comparisons, print them."""
     print(
-        f"inflating with {ENGINES[0].__name__}, large file {LARGE * ROW_BYTES >> 20} MiB inflated, cache "
-        f"{CACHE_LEAST_BYTES >> 20} MiB for 'cold', {cache_limit(usable_bytes(), ranks_here()) >> 20} MiB otherwise"
+        f"inflating with {'zlib' if LIBDEFLATE is None else 'libdeflate'}, large file {LARGE * ROW_BYTES >> 20} MiB inflated, "
+        f"cache {CACHE_LEAST_BYTES >> 20} MiB for 'cold', {cache_limit(usable_bytes(), ranks_here()) >> 20} MiB otherwise"
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.h5"

@@ -212,6 +212,7 @@ def child_reads(matrices, rows, results):
     results.put((os.getpid(), answers))
 
 
+@pytest.mark.forks
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_other_processes_open_it_for_themselves(path, method):
     matrices = [HDF5Matrix(path, "data"), HDF5Matrix(path, "data", 50)]
@@ -233,6 +234,7 @@ def test_other_processes_open_it_for_themselves(path, method):
     assert [matrix.read_rows(rows).tobytes() for matrix in matrices] == expected
 
 
+@pytest.mark.forks
 def test_fork_while_threads_read(path):
     matrix, stop, errors = HDF5Matrix(path, "data"), threading.Event(), []
 
@@ -293,6 +295,7 @@ def test_a_thread_may_read_while_the_interpreter_ends(path):
     assert (ended.stdout, ended.stderr) == ("(100, 6)\n", "")
 
 
+@pytest.mark.forks
 def test_a_forked_child_starts_with_an_empty_cache(path):
     HDF5Matrix(path, "data")[5]
     assert CACHE.used_bytes > 0
