@@ -79,6 +79,7 @@ class StepRunner:
                 step(batches.pack(tuple(stack[number] for stack in stacks)))
 
         self._run = run
+        self._is_traced = False
         self.done, self.called, self.wait_s = 0, 0, 0.0
         self._stacks: Stacks | None = None
 
@@ -97,6 +98,10 @@ class StepRunner:
 
     def __call__(self, iterator: Any) -> dict[str, Any]:
         """Run the next steps. The metrics stay in the model: who wants them asks once a pass."""
+        if not self._is_traced:
+            # Takes longer than the first batches do, which are made meanwhile.
+            self._run.get_concrete_function()
+            self._is_traced = True
         first = self.done
         stop = min(first + self._per_call, self._steps)
         while self.done < stop:
