@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import fsspec
 import h5py
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ class Node:
     """A partial that a test fills segment by segment. What has not landed is there as wrong bytes."""
 
     def __init__(self, folder: Path, body: bytes, base: str | None = None) -> None:
+        folder.mkdir(exist_ok=True)
         self.body, self.source = body, folder / "source.h5"
         self.source.write_bytes(body)
         self.dataset = Dataset("x.h5", "sha256", "0" * 64, SEGMENT, entry=Entry("x.h5", len(body), None))
@@ -228,6 +230,30 @@ def test_a_web_server_is_asked_for_ranges(tmp_path, quirk, ranges):
         asked = [asked for asked in site.ranges() if asked]
     assert asked == [f"bytes={first}-{first + 4999}" for first in (65536, 70536, 75536, 65536, 196608)]
     assert overlay.read_through_bytes == 25_000
+
+
+def test_what_fsspec_opens_is_read_through_and_proved(tmp_path):
+    body = os.urandom(4 * SEGMENT)
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/overlay/x.h5", body)
+    node = Node(tmp_path, body, "memory://overlay/x.h5")
+    assert can_be_read_through(node.file)
+    overlay = Overlay(node.file)
+    node.land(1)
+    for offset in (3 * SEGMENT + 17, 0, SEGMENT - 100, 2 * SEGMENT):
+        assert read(overlay, offset, 5000) == body[offset : offset + 5000]
+    assert 15_100 <= overlay.read_through_bytes <= 4 * BLOCK_BYTES
+    place = 3 * SEGMENT + 40_000
+    memory.pipe("/overlay/x.h5", body[::-1])
+    late = Overlay(node.file)
+    assert read(late, place, BLOCK_BYTES) == body[::-1][place : place + BLOCK_BYTES]
+    node.publish()
+    overlay.prove()
+    with pytest.raises(IntegrityError, match=f"bytes from byte {place} on were others when training read them"):
+        late.prove()
+    memory.rm("/overlay/x.h5")
+    with pytest.raises(DataError, match=r"memory://overlay/x\.h5"):
+        read(Overlay(Node(tmp_path / "again", body, "memory://overlay/x.h5").file), 0, 100)
 
 
 def test_a_server_that_goes_away_is_an_error_that_names_it(tmp_path):
