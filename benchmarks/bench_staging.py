@@ -1,10 +1,11 @@
 """Staging beside what people do by hand: `cp` and `sha256sum`, pooch, Keras' get_file; on one node and on many.
 
-    python -m benchmarks.bench_staging [--size-mib 4096] [--files 100000] [--folder DIR] [--nodes 2,4,8,16] [--json]
+    python -m benchmarks.bench_staging [--parts file,small,nodes] [--size-mib 4096] [--files 100000] [--folder DIR]
+        [--nodes 2,4,8,16] [--json]
 
 The defaults are what is claimed: one file of 4 GiB, 100,000 small files, 2 to 16 nodes; each ratio with its spread
 over `--repeats` runs. Ours flushes every file to the disk before the dataset gets its name; the peers leave it in memory, so they
-are run with `sync` too.
+are run with `sync` too. Nothing is removed on the clock. All of it takes an hour.
 
 With `--nodes` (and root) the same runs on a sandbox cluster. How often the source is read is the kernel's count of each node's
 processes (/proc/self/io, rchar), for ours and for `cp`, over the dataset's bytes. MPI between the nodes of one machine goes through
@@ -39,23 +40,33 @@ from hpcutils.staging.manifest import write_manifest
 from hpcutils.staging.stage import stage_item, stage_manifest
 
 
-def fresh(folder: Path, call: Callable[[Path], object]) -> Callable[[], object]:
-    """Return `call` on a new folder each time; the last one is removed before the clock starts again."""
+class Fresh:
+    """A call that is given a new folder each time, which is removed when the clock has stopped.
+
+    Args:
+        folder: Where the folders are.
+        call: What to measure.
+        keep: Leave them until the end. ext4 looks at every inode that was freed a moment ago before it gives out another: making
+            100,000 files just after as many were removed takes it a minute and not two seconds, whoever makes them.
+    """
+
     numbers = itertools.count()
-    last: list[Path] = []
 
-    def run() -> None:
-        place = folder / f"run-{next(numbers)}-{id(call)}"
-        place.mkdir(parents=True)
-        last.append(place)
+    def __init__(self, folder: Path, call: Callable[[Path], object], keep: bool = False) -> None:
+        self._folder, self._call, self._keep = folder, call, keep
+        self._last = folder
+
+    def __call__(self) -> None:
+        self._last = self._folder / f"run-{next(self.numbers)}"
+        self._last.mkdir(parents=True)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            call(place)
+            self._call(self._last)
 
-    def cleaned() -> None:
-        run()
-        shutil.rmtree(last.pop())
-
-    return cleaned
+    def tidy(self) -> None:
+        """Remove what the last call made; what others have in memory goes to the disk before the next one begins."""
+        if not self._keep:
+            shutil.rmtree(self._last)
+        os.sync()
 
 
 def shell(command: str) -> Callable[[Path], object]:
@@ -78,18 +89,18 @@ def one_file(folder: Path, size_bytes: int, repeats: int) -> list[Ratio]:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     by_hand = f'cp {source}/x "$1/x" && sha256sum "$1/x"'
     peers = {"cp; sha256sum": shell(by_hand), "cp; sync; sha256sum": shell(by_hand.replace("&&", '&& sync "$1/x" &&'))}
-    peers = {name: fresh(folder / "runs", call) for name, call in peers.items()}
+    peers = {name: Fresh(folder / "runs", call) for name, call in peers.items()}
     size = f"{size_bytes >> 20} MiB"
     item = Item("x", str(source / "x"), sha256)
     rows = compare(
         f"stage, one file, {size}, manifest",
-        fresh(folder / "runs", lambda place: stage_manifest(manifest, str(source), Settings(place / "cache"), Leaders())),
+        Fresh(folder / "runs", lambda place: stage_manifest(manifest, str(source), Settings(place / "cache"), Leaders())),
         peers,
         repeats,
     )
     rows += compare(
         f"stage, one file, {size}, sha256",
-        fresh(folder / "runs", lambda place: stage_item(item, Settings(place / "cache"), Leaders())),
+        Fresh(folder / "runs", lambda place: stage_item(item, Settings(place / "cache"), Leaders())),
         peers,
         repeats,
     )
@@ -108,8 +119,8 @@ def over_http(folder: Path, source: Path, sha256: str, size: str, repeats: int) 
             "pooch.retrieve": lambda place: pooch.retrieve(f"{url}/x", f"sha256:{sha256}", "x", place),
             "keras.utils.get_file": lambda place: keras.utils.get_file("x", f"{url}/x", file_hash=sha256, cache_dir=place),
         }
-        ours = fresh(folder / "runs", lambda place: stage_item(Item("x", f"{url}/x", sha256), Settings(place / "cache"), Leaders()))
-        runs = {name: fresh(folder / "runs", call) for name, call in peers.items()}
+        ours = Fresh(folder / "runs", lambda place: stage_item(Item("x", f"{url}/x", sha256), Settings(place / "cache"), Leaders()))
+        runs = {name: Fresh(folder / "runs", call) for name, call in peers.items()}
         return compare(f"stage, one file, {size}, http", ours, runs, repeats)
 
 
@@ -126,10 +137,11 @@ def small_files(folder: Path, count: int, repeats: int) -> list[Ratio]:
         "cp -r; sha256sum by xargs": shell(copy + "xargs -0 sha256sum"),
         "cp -r; sha256sum a file": shell(copy + "xargs -0 -n1 sha256sum"),
     }
-    ours = fresh(folder / "runs", lambda place: stage_manifest(manifest, str(source), Settings(place / "cache"), Leaders()))
-    rows = []
-    for name, call in peers.items():
-        rows += compare(f"stage, {count} small files", ours, {name: fresh(folder / "runs", call)}, repeats)
+    runs = folder / "runs"
+    ours = Fresh(runs, lambda place: stage_manifest(manifest, str(source), Settings(place / "cache"), Leaders()), keep=True)
+    rows = compare(
+        f"stage, {count} small files", ours, {name: Fresh(runs, call, keep=True) for name, call in peers.items()}, repeats
+    )
     return rows + [warm_start(folder, source, manifest, count, repeats)]
 
 
@@ -251,15 +263,19 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="Where source and cache are [a temporary folder]")
     parser.add_argument("--nodes", default="2,4,8,16" if os.geteuid() == 0 else "", help="Sandbox clusters; empty: none")
     parser.add_argument("--nodes-mib", type=int, default=256)
+    parser.add_argument("--parts", default="file,small,nodes", help="Which of the three to run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     rows: list[Ratio] = []
-    parts = (functools.partial(one_file, size_bytes=given.size_mib << 20), functools.partial(small_files, count=given.files))
-    for part in (functools.partial(each, repeats=given.repeats) for each in parts):
+    parts = {
+        "file": functools.partial(one_file, size_bytes=given.size_mib << 20),
+        "small": functools.partial(small_files, count=given.files),
+    }
+    for part in (functools.partial(call, repeats=given.repeats) for name, call in parts.items() if name in given.parts):
         with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
             rows += part(Path(scratch))
-    nodes = [int(word) for word in given.nodes.split(",") if word]
+    nodes = [int(word) for word in given.nodes.split(",") if word and "nodes" in given.parts]
     clusters = list(many_nodes(nodes, given.nodes_mib << 20, given.repeats)) if nodes else []
     report(rows)
     if given.json:

@@ -35,7 +35,10 @@ class Ratio:
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Return the seconds of wall time that one `call()` takes, with the garbage collector quiet."""
+    """Return the seconds of wall time that one `call()` takes, with the garbage collector quiet.
+
+    What a call leaves behind it may remove in a method `tidy`, which is called when the clock has stopped.
+    """
     gc.collect()
     gc.disable()
     try:
@@ -44,14 +47,15 @@ def timed(call: Callable[[], object]) -> float:
         return time.perf_counter() - start
     finally:
         gc.enable()
+        getattr(call, "tidy", lambda: None)()
 
 
 def compare(case: str, ours: Callable[[], object], peers: Mapping[str, Callable[[], object]], repeats: int = 7) -> list[Ratio]:
     """Time `ours` beside each of `peers`, after one warm-up of each, and print a line a peer."""
     rows = []
     for name, peer in peers.items():
-        ours()
-        peer()
+        timed(ours)
+        timed(peer)
         pairs = [(timed(ours), timed(peer)) for _ in range(repeats)]
         ratios = [theirs / own for own, theirs in pairs]
         own_s, peer_s = (statistics.median(column) for column in zip(*pairs, strict=True))
