@@ -148,7 +148,7 @@ def small_files(folder: Path, count: int, repeats: int) -> list[Ratio]:
 def warm_start(folder: Path, source: Path, manifest: Path, count: int, repeats: int) -> Ratio:
     """The start of a job that finds everything there, as the job's own code does it: a data file is found in the manifest, too."""
     from hpcutils.specs.job import load_job
-    from hpcutils.train.main import _stage
+    from hpcutils.train.stager import Found, stage
 
     (folder / "model.py").write_text("def build(): ...\n")
     (folder / "train.yaml").write_text(
@@ -160,7 +160,7 @@ def warm_start(folder: Path, source: Path, manifest: Path, count: int, repeats: 
 
     def start() -> None:
         with contextlib.redirect_stderr(io.StringIO()):
-            _stage(job, folder, Leaders())
+            stage(job, folder, Leaders(), Found())
 
     def stat_all() -> None:
         subprocess.run(["find", str(source), "-type", "f", "-printf", "%s %T@\\n"], check=True, stdout=subprocess.DEVNULL)

@@ -11,11 +11,10 @@ from test_windows_slurm import VARIABLES
 
 pytestmark = [pytest.mark.slurm, pytest.mark.mpi]
 
-# What reads data or says who reads what. Not what forks, which MPI forbids, nor what is about the clock of one rank.
-SUITE = (
-    *(f"tests/property/test_{name}.py" for name in ("windows", "joined", "views", "data_state")),
-    *(f"tests/unit/test_{name}.py" for name in ("reading", "record")),
-)
+# All that is about the order, the reading and the dealing out of data. What is about one process' clock is not here.
+PROPERTIES = ("batches", "codecs", "data_state", "hdf5_keys", "joined", "order", "unshuffle", "views", "windows")
+UNITS = ("data_reference", "hdf5_files", "hdf5matrix", "job_data", "quality", "reading", "record", "user_sequences")
+SUITE = (*(f"tests/property/test_{name}.py" for name in PROPERTIES), *(f"tests/unit/test_{name}.py" for name in UNITS))
 
 
 def test_four_ranks_on_two_nodes_pass_what_one_passes(cluster: Cluster) -> None:
@@ -23,7 +22,19 @@ def test_four_ranks_on_two_nodes_pass_what_one_passes(cluster: Cluster) -> None:
     ranks = ["srun", "--mpi=pmix", "-N", "2", "--ntasks-per-node=2", "--kill-on-bad-exit=1", "env", *VARIABLES]
     ranks += ["HPCUTILS_TESTS_TOGETHER=1", "PYTHONDONTWRITEBYTECODE=1", "TF_ENABLE_ONEDNN_OPTS=0"]
     suite = [str(ROOT / file) for file in SUITE]
-    words = ["-q", "--color=no", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), *suite]
+    words = [
+        "-q",
+        "--color=no",
+        "-m",
+        "not forks",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(ROOT),
+        "-c",
+        str(ROOT / "pyproject.toml"),
+        *suite,
+    ]
     done = cluster.run(*ranks, sys.executable, "-m", "pytest", *words, cwd=cluster.home)
     passed = re.findall(r"(\d+) passed", done.stdout)
     assert len(passed) == 4

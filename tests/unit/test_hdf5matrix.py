@@ -417,7 +417,7 @@ def test_no_lock_is_kept_and_none_of_another_handle_is_lost(path):
 
 
 def test_a_file_that_another_process_locks_is_read(path):
-    code = "import h5py, sys; f = h5py.File(sys.argv[1], 'r+'); print(); sys.stdin.read()"
+    code = "import h5py, sys; f = h5py.File(sys.argv[1], 'r+'); print(flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
         writer.stdout.readline()
         with pytest.raises(OSError, match="lock"):
